@@ -1,0 +1,293 @@
+"""What every stage does with a language model: pad, mask, log-probs, sample, schedules.
+
+Conventions of the whole repository: queries are left-padded to width Q, responses right-padded to
+width T, input_ids = [query | response] has shape (B, Q+T). logits[:, p] predict token p+1, so the
+log-probs and values of the response come from positions [Q-1 : -1]. B = batch, V = vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers.hf_argparser import HfArg
+
+
+def check_shapes(**tensors):
+    """Raise ValueError unless all tensors have equal shapes (broadcasting hides most RLHF bugs)."""
+    if len({tuple(tensor.shape) for tensor in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        raise ValueError(f"shapes must be equal: {shapes}")
+
+
+def check_mask(mask):
+    """Return mask as bool; raise ValueError when it selects nothing."""
+    mask = mask != 0
+    if not mask.any():
+        raise ValueError(f"mask {tuple(mask.shape)} selects nothing")
+    return mask
+
+
+def zero_off(mask, *tensors):
+    """Zeros where mask is False. torch.where never reads what it drops, whereas NaN * 0 is NaN."""
+    return [torch.where(mask, tensor, torch.zeros_like(tensor)) for tensor in tensors]
+
+
+def masked_mean(x, mask):
+    """Mean of x over the True entries of mask, over the whole batch: sum(x * m) / sum(m).
+
+    x, mask: equal shapes. Not the mean of row means: every token counts the same, whatever the
+    length of its summary. Raises ValueError on unequal shapes or an empty mask.
+    """
+    check_shapes(x=x, mask=mask)
+    mask = check_mask(mask)
+    return zero_off(mask, x)[0].sum() / mask.sum()
+
+
+# ---------------------------------------------------------------------------- padding and masks
+
+
+def pad(sequences, pad_id, left):
+    """Lists of token ids -> ids (B, L) and mask (B, L), padded on the left or on the right."""
+    width = max(len(ids) for ids in sequences)
+    ids = torch.full((len(sequences), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(sequences):
+        where = slice(width - len(tokens), width) if left else slice(0, len(tokens))
+        ids[row, where] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, where] = 1
+    return ids, mask
+
+
+def join(queries, responses, pad_id, device="cpu"):
+    """Queries and responses (lists of token ids) -> input_ids (B, Q+T), attention_mask, Q.
+
+    The mask is made from lengths, not from `ids != pad`: it stays right when pad = eos.
+    """
+    query_ids, query_mask = pad(queries, pad_id, left=True)
+    response_ids, response_mask = pad(responses, pad_id, left=False)
+    input_ids = torch.cat([query_ids, response_ids], 1).to(device)
+    attention_mask = torch.cat([query_mask, response_mask], 1).to(device)
+    return input_ids, attention_mask, query_ids.shape[1]
+
+
+def get_position_ids(attention_mask):
+    """0, 1, 2, ... over the real tokens of each row, whatever stands to their left: (B, L)."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def last_token_index(attention_mask):
+    """Index of the last real token of each row: (B,). For an ended summary this is its EOS."""
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (positions * (attention_mask != 0)).argmax(1)
+
+
+def get_response_mask(responses, eos_token_id):
+    """(B, T) token ids -> (B, T) bool: True up to and including the first EOS, all True if none.
+
+    EOS is an action: it carries KL, value, advantage and gradient, or the policy never learns to
+    stop. What follows it is padding, whichever id the padding has.
+    """
+    is_eos = (responses == eos_token_id).long()
+    return is_eos.cumsum(1) - is_eos == 0  # number of EOS strictly before t is zero
+
+
+# ---------------------------------------------------------------------------- log-probabilities
+
+
+def get_log_probs(logits, labels, temperature=1.0):
+    """log softmax(logits / temperature)[labels], shifted: logits (B, L, V), labels (B, L) -> (B, L-1).
+
+    Column p holds the log-prob (nats) of token p+1 given tokens 0..p. The temperature is the one
+    the rollouts are sampled at, so that these are the log-probs of the policy that acted.
+    Raises ValueError on unequal shapes or a temperature that is not positive.
+    """
+    check_shapes(**{"logits[..., 0]": logits[..., 0], "labels": labels})
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # bf16 is too coarse
+    log_probs = F.log_softmax(logits / temperature, dim=-1)  # (B, L-1, V)
+    return log_probs.gather(-1, labels[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+
+def response_log_probs(model, input_ids, attention_mask, width, temperature=1.0):
+    """Log-probs of the last `width` tokens of input_ids (B, Q+T): (B, T). Used for the policy that
+    samples, the one being updated and the reference alike, so that their ratio starts at exactly 1.
+    """
+    logits = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=get_position_ids(attention_mask),
+        logits_to_keep=width + 1,  # positions Q-1 .. Q+T-1: no (B, Q+T, V) tensor is ever made
+        use_cache=False,
+    ).logits
+    return get_log_probs(logits, input_ids[:, -width - 1 :], temperature)
+
+
+# ---------------------------------------------------------------------------- sampling
+
+
+def generator_for(seed, *names, device="cpu"):
+    """A random stream of its own for each use, e.g. (seed, "ppo", update). No stream depends on how
+    much another one was used, so a stage that is resumed draws what it would have drawn."""
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def next_token(logits, temperature, top_p, generator):
+    """logits (B, V) -> token ids (B,). Temperature 0 is greedy; top_p keeps the smallest set of most
+    likely tokens whose probability reaches top_p, the token that crosses it included."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        ordered, index = probs.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # mass *before* a token decides on it
+        probs = torch.zeros_like(probs).scatter(-1, index, ordered)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pad_token_id,
+           temperature=1.0, top_p=1.0, generator=None):
+    """Continue left-padded queries (B, Q) one token at a time: (B, T) long.
+
+    T is the longest response, at most max_new_tokens; what follows an EOS is pad_token_id. Nothing
+    but temperature and top_p shapes the distribution (`generate` adds the checkpoint's own top-k
+    and penalties), so get_log_probs at the same temperature are those of the sampler at top_p = 1.
+    A row that has drawn EOS leaves the batch and its key-value cache.
+    """
+    if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError("expected temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got "
+                         f"{temperature}, {top_p} and {max_new_tokens}")
+    responses = torch.full((len(input_ids), max_new_tokens), pad_token_id, device=input_ids.device)
+    rows = torch.arange(len(input_ids), device=input_ids.device)  # rows still being written
+    mask, ids, cache = attention_mask.long(), input_ids, None
+    position_ids = get_position_ids(mask)
+    for t in range(max_new_tokens):
+        output = model(input_ids=ids, attention_mask=mask, position_ids=position_ids,
+                       past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = next_token(output.logits[:, -1], temperature, top_p, generator)
+        responses[rows, t] = token
+        going = token != eos_token_id
+        if not going.any():
+            break
+        cache = output.past_key_values
+        if not going.all():
+            cache.batch_select_indices(going.nonzero().squeeze(-1))
+        rows, mask, ids = rows[going], mask[going], token[going, None]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        position_ids = get_position_ids(mask)[:, -1:]
+    return responses[:, : t + 1]
+
+
+# ---------------------------------------------------------------------------- schedules
+
+
+def linear_schedule(step, total):
+    """Factor on the learning rate of update `step` = 0 .. total-1: 1 -> 1/total (PPO, App. B.1)."""
+    return 1 - step / total
+
+
+def cosine_schedule(step, total):
+    """Factor on the learning rate of step = 0 .. total: 1 -> 0 (SFT and reward model, App. B.1)."""
+    return (1 + math.cos(math.pi * step / total)) / 2
+
+
+# ---------------------------------------------------------------------------- text in, text out
+
+
+def encode_response(text, tokenizer, limit):
+    """Summary -> token ids with a leading space and EOS at the end (N+ detail 3). One longer than
+    `limit` is cut there and has no EOS, as if it had never ended."""
+    ids = tokenizer(" " + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return (ids + [tokenizer.eos_token_id])[:limit]
+
+
+def decode_response(ids, tokenizer):
+    """Token ids up to the first EOS -> text without outer white space."""
+    eos = tokenizer.eos_token_id
+    return tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids).strip()
+
+
+def sample_responses(model, tokenizer, queries, max_new_tokens, temperature, generator=None,
+                     batch_size=256):
+    """One response (token ids, EOS included) to each query, in the order of the queries."""
+    order = sorted(range(len(queries)), key=lambda i: len(queries[i]))  # little padding per batch
+    responses = [None] * len(queries)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids, mask = pad([queries[i] for i in rows], tokenizer.pad_token_id, left=True)
+        sampled = sample(model, ids.to(model.device), mask.to(model.device), max_new_tokens,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                         temperature=temperature, generator=generator)
+        kept = get_response_mask(sampled, tokenizer.eos_token_id)
+        for row, tokens, keep in zip(rows, sampled, kept):
+            responses[row] = tokens[keep].tolist()
+    return responses
+
+
+# ---------------------------------------------------------------------------- step 1: SFT
+
+
+@dataclass
+class SFTConfig:
+    sft_lr: float = HfArg(default=3e-3, help="paper: 6.35e-5 (1.3B), cosine (B.1)")
+    sft_batch_size: int = HfArg(default=32, help="paper: 128 (B.1)")
+    sft_epochs: int = HfArg(default=1, help="paper: 1 (B.1)")
+
+
+def epoch_batches(n, batch_size, epochs, seed, stage):
+    """Total number of steps, and a function step -> row numbers: each epoch is shuffled anew."""
+    batch_size = min(batch_size, n)
+    per_epoch = n // batch_size
+
+    def rows(step):
+        epoch, place = divmod(step, per_epoch)
+        order = torch.randperm(n, generator=generator_for(seed, stage, epoch)).tolist()
+        return order[place * batch_size : (place + 1) * batch_size]
+
+    return per_epoch * epochs, rows
+
+
+def train_sft(run, model, queries, responses, pad_id, config):
+    """Step 1, supervised fine-tuning: maximise log pi(reference | post). Loss on the response and
+    its EOS alone: the paper trains to "predict summaries"; N+ has it on the query too."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.sft_lr, betas=(0.9, 0.95))
+    total, rows = epoch_batches(len(queries), config.sft_batch_size, config.sft_epochs,
+                                run.seed, "sft")
+    for step in run.steps("sft", total):
+        batch = rows(step)
+        input_ids, mask, width = join([queries[i] for i in batch], [responses[i] for i in batch],
+                                      pad_id, model.device)
+        log_probs = response_log_probs(model, input_ids, mask, input_ids.shape[1] - width)
+        loss = -masked_mean(log_probs, mask[:, width:])
+        update(optimizer, loss, config.sft_lr * cosine_schedule(step, total), 1.0)
+        run.log("sft", step, loss=loss.item())
+
+
+def update(optimizer, loss, lr, max_grad_norm=math.inf):
+    """One optimiser step at learning rate lr; returns the gradient norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    return norm.item()
+
+
+if __name__ == "__main__":
+    # One row: query (7, 3), response (5, 9) with EOS = 9; a vocabulary of three for the log-probs
+    logits = torch.tensor([[[2.0, 0, 0], [0, 1, 0], [0, 0, 3], [1, 1, 1]]])
+    ids = torch.tensor([[0, 1, 2, 1]])
+    print("log-probs of tokens 1..3:", get_log_probs(logits, ids).tolist())
+    print("the same at T = 0.7:     ", get_log_probs(logits, ids, temperature=0.7).tolist())
+    responses = torch.tensor([[5, 9, 7, 9], [5, 6, 7, 8]])
+    print("response mask, EOS = 9:  ", get_response_mask(responses, 9).long().tolist())
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    print("position ids, left pads: ", get_position_ids(mask).tolist())
+    x, m = torch.tensor([[0.2, 0.4, 0.6], [1, 7, 7]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    print("masked mean:             ", masked_mean(x, m).item())

@@ -1,0 +1,174 @@
+"""Step 2: the reward model (Stiennon et al. 2020, section 3.4 and appendix B.1).
+
+A language-model trunk with a scalar head, trained on pairs of summaries of one post so that the
+preferred summary scores higher, then shifted so that the human references score 0 on average.
+`python reward.py` prints a worked example.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
+from transformers import AutoConfig, AutoModel
+from transformers.hf_argparser import HfArg
+
+from lm import check_shapes, cosine_schedule, epoch_batches, get_position_ids, join
+from lm import last_token_index, update
+
+
+@dataclass
+class RewardConfig:
+    reward_lr: float = HfArg(default=1e-3, help="paper: 1.5e-5 (1.3B), cosine (B.1)")
+    reward_batch_size: int = HfArg(default=8, help="pairs per step; paper: 64 (B.1)")
+    reward_epochs: int = HfArg(default=1, help="paper: 1 (B.1)")
+
+
+def preference_loss(chosen, rejected):
+    """loss(r) = -E[log sigmoid(r(x, y_chosen) - r(x, y_rejected))], section 3.4.
+
+    chosen, rejected: (B,) scores of the two summaries of each post -> scalar, in nats.
+    logsigmoid, since -log(sigmoid(d)) is inf from d = -104 on in float32, where the loss is 104.
+    Raises ValueError on unequal shapes or no pair.
+    """
+    check_shapes(chosen=chosen, rejected=rejected)
+    if chosen.numel() == 0:
+        raise ValueError(f"no pair: chosen and rejected have shape {tuple(chosen.shape)}")
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+class RewardModel(nn.Module):
+    """Trunk of any AutoModelForCausalLM (copied, its lm head dropped) and a scalar head."""
+
+    def __init__(self, language_model):
+        super().__init__()
+        self._build(copy.deepcopy(language_model.base_model))
+
+    def _build(self, trunk):
+        self.trunk = trunk.eval()
+        width = trunk.config.hidden_size  # d
+        self.head = nn.Linear(width, 1)
+        # App. B.1: weights ~ N(0, variance 1/(d+1)), so that a first score is of order 1
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1))
+        nn.init.zeros_(self.head.bias)
+        self.register_buffer("reference_mean", torch.zeros(()))
+
+    def forward(self, input_ids, attention_mask):
+        """(B, L), (B, L) -> (B, L): a score at every real position; at padding it means nothing."""
+        hidden = self.trunk(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=get_position_ids(attention_mask),
+            use_cache=False,
+        ).last_hidden_state  # (B, L, d)
+        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1) - self.reference_mean
+
+    def score(self, input_ids, attention_mask):
+        """(B, L), (B, L) -> (B,): the score at the last real token, the EOS of an ended summary."""
+        scores = self(input_ids, attention_mask)
+        return scores.gather(1, last_token_index(attention_mask)[:, None]).squeeze(1)
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors (trunk, head, reference_mean) to folder."""
+        self.trunk.config.save_pretrained(folder)
+        save_model(self, str(Path(folder) / "model.safetensors"))
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """The model that save_pretrained wrote, in eval mode: the same scores to the last bit."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model._build(AutoModel.from_config(AutoConfig.from_pretrained(folder)))
+        load_model(model, str(Path(folder) / "model.safetensors"))
+        return model.eval()
+
+
+@torch.no_grad()
+def score_summaries(reward_model, queries, responses, pad_id, batch_size=256):
+    """Scores (N,) of responses to queries (lists of token ids), in batches of similar length."""
+    device = reward_model.head.weight.device
+    order = sorted(range(len(queries)), key=lambda i: len(queries[i]) + len(responses[i]))
+    scores = torch.zeros(len(queries))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        input_ids, mask, _ = join([queries[i] for i in rows], [responses[i] for i in rows],
+                                  pad_id, device)
+        scores[rows] = reward_model.score(input_ids, mask).float().cpu()
+    return scores
+
+
+def train_reward(run, reward_model, pairs, pad_id, config):
+    """One pass of Adam over pairs = [(query, chosen, rejected), ...], lists of token ids."""
+    device = reward_model.head.weight.device
+    optimizer = torch.optim.Adam(reward_model.parameters(), lr=config.reward_lr)
+    total, rows = epoch_batches(len(pairs), config.reward_batch_size, config.reward_epochs,
+                                run.seed, "reward")
+    for step in run.steps("reward", total):
+        queries, chosen, rejected = zip(*(pairs[i] for i in rows(step)))
+        # one forward pass for both, so that they share one padding (N+ study, detail 10)
+        input_ids, mask, _ = join(queries + queries, chosen + rejected, pad_id, device)
+        score_chosen, score_rejected = reward_model.score(input_ids, mask).chunk(2)
+        loss = preference_loss(score_chosen, score_rejected)
+        update(optimizer, loss, config.reward_lr * cosine_schedule(step, total))
+        run.log("reward", step, loss=loss.item(),
+                accuracy=preference_accuracy(score_chosen, score_rejected))
+
+
+def normalize(reward_model, queries, references, pad_id):
+    """Shift the scores so that the references have mean 0 (section 3.4); their spread stays."""
+    scores = score_summaries(reward_model, queries, references, pad_id)
+    reward_model.reference_mean += scores.mean().to(reward_model.reference_mean)
+
+
+def preference_accuracy(chosen, rejected):
+    """Share of pairs with chosen > rejected, (N,) each; a tie is not a hit."""
+    return (chosen > rejected).float().mean().item()
+
+
+def length_accuracy(pairs):
+    """Share of pairs (query, chosen, rejected) whose longer summary was chosen; a tie counts half.
+    The baseline that any reward model must beat: labelers like longer summaries (App. F)."""
+    gaps = [len(chosen) - len(rejected) for _, chosen, rejected in pairs]
+    return sum(0.5 if gap == 0 else gap > 0 for gap in gaps) / len(gaps)
+
+
+def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
+    """Held-out accuracy of a preference model that never sees the post: logistic regression on the
+    counts of each token and the length, fitted to the same pairs. What a reward model has beyond
+    it, it has from reading the post."""
+
+    def features(pairs):  # (N, V+1): counts of the chosen minus those of the rejected summary
+        x = torch.zeros(len(pairs), vocabulary_size + 1)
+        for row, (_, chosen, rejected) in zip(x, pairs):
+            for sign, ids in ((1.0, chosen), (-1.0, rejected)):
+                row[:-1] += sign * torch.bincount(torch.tensor(ids), minlength=vocabulary_size)
+                row[-1] += sign * len(ids) / 10
+        return x
+
+    x, weights = features(train_pairs), torch.zeros(vocabulary_size + 1, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=0.05)
+    for _ in range(200):
+        loss = -F.logsigmoid(x @ weights).mean() + 1e-4 * weights.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gaps = features(held_out_pairs) @ weights.detach()
+    return preference_accuracy(gaps, torch.zeros_like(gaps))
+
+
+if __name__ == "__main__":
+    chosen, rejected = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 0.5, -1.0])
+    chosen.requires_grad_()
+    loss = preference_loss(chosen, rejected)
+    loss.backward()
+    print("scores of chosen and rejected:", chosen.tolist(), rejected.tolist())
+    print("per pair, -log sigmoid(gap):  ", (-F.logsigmoid(chosen - rejected)).tolist())
+    print("preference loss:              ", loss.item())
+    print("gradient on the chosen scores:", chosen.grad.tolist())
+    print("accuracy (a tie is no hit):   ", preference_accuracy(chosen, rejected))
+    references = torch.tensor([1.5, 2.5, 0.5, 3.5])
+    print("references after the shift:   ", (references - references.mean()).tolist())

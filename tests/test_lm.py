@@ -1,0 +1,659 @@
+"""lm.py on paper: masked means, padding, log-probs, sampling and schedules, each with its number.
+
+Order: numbers that a pencil can check, gradients in closed form, extreme inputs, slow oracles in
+plain Python, and last the functions on tiny random models of the real architectures. What another
+test file needs as well (close, refuses_shapes, ignores_what_is_masked, the tiny models) is at the
+top.
+"""
+
+import functools
+import math
+import random
+import re
+
+import pytest
+import torch
+from transformers import (AutoModelForCausalLM, GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig,
+                          Qwen2Config)
+
+import lm
+
+torch.set_num_threads(1)
+
+# ---------------------------------------------------------------------------- tools for all tests
+
+
+def t(values, dtype=torch.float64):
+    return torch.tensor(values, dtype=dtype)
+
+
+def close(actual, expected, hint, tolerance=1e-6):
+    """actual is expected, shape included; hint says what went wrong if it is not."""
+    actual = torch.as_tensor(actual, dtype=torch.float64).detach()
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    assert actual.shape == expected.shape, (
+        f"{hint}\nshape {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+    assert torch.allclose(actual, expected, rtol=tolerance, atol=tolerance), (
+        f"{hint}\ngot      {actual.tolist()}\nexpected {expected.tolist()}")
+
+
+def refused(function, arguments, named):
+    """function(**arguments) is a ValueError that gives name and shape of all that is `named`."""
+    shapes = {name: tuple(arguments[name].shape) for name in named}
+    try:
+        function(**arguments)
+    except ValueError as error:
+        for name, shape in shapes.items():
+            assert re.search(rf"\b{name}\b", str(error)), f"no {name} in the error: {error}"
+            assert str(shape) in str(error), f"no shape {shape} of {name} in the error: {error}"
+    else:
+        raise AssertionError(f"accepted {shapes}: they broadcast, which hides most mistakes")
+
+
+def refuses_shapes(function, **arguments):
+    """Any one argument in a shape that merely broadcasts to the others' (B, T) is refused."""
+    for name, x in arguments.items():
+        for wrong in (x[:1], x[:, :1], x[0], x[0, 0], x[None], x[:, :, None], x[:, :-1]):
+            refused(function, {**arguments, name: wrong}, arguments)
+
+
+def refuses_empty_masks(function, **arguments):
+    for dtype in (torch.bool, torch.long, torch.float32):
+        empty = torch.zeros_like(arguments["mask"], dtype=dtype)
+        refused(function, {**arguments, "mask": empty}, ["mask"])
+    refused(function, {name: x[:0] for name, x in arguments.items()}, ["mask"])
+
+
+def outputs_and_gradients(function, arguments):
+    """All results of the function, and the gradient of an uneven sum of them by every argument."""
+    leaves = {name: x.clone().requires_grad_() if x.is_floating_point() and name != "mask" else x
+              for name, x in arguments.items()}
+    outputs = function(**leaves)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    uneven = sum((x * torch.arange(1.0, x.numel() + 1).view(x.shape)).sum() for x in outputs)
+    gradients = [torch.zeros(())]
+    if uneven.requires_grad:
+        leaves = [x for x in leaves.values() if x.requires_grad]
+        gradients = torch.autograd.grad(uneven, leaves, allow_unused=True)
+        gradients = [torch.zeros(()) if g is None else g for g in gradients]
+    return [x.detach() for x in outputs], gradients
+
+
+def ignores_what_is_masked(function, **arguments):
+    """NaN, infinity and huge numbers off the mask change no result and no gradient."""
+    off = arguments["mask"] == 0
+    assert off.any() and not off.all()
+    expected, expected_gradients = outputs_and_gradients(function, arguments)
+    assert all(x.isfinite().all() for x in expected + list(expected_gradients))
+    for x in expected_gradients:
+        assert x.shape != off.shape or (x[off] == 0).all(), "a gradient where mask is 0"
+    names = [name for name, x in arguments.items() if x.shape == off.shape and name != "mask"]
+    for poisoned in [[name] for name in names] + [names]:
+        for value in (math.nan, math.inf, -math.inf, 1e30):
+            arguments_now = {name: x.masked_fill(off, value) if name in poisoned else x
+                             for name, x in arguments.items()}
+            outputs, gradients = outputs_and_gradients(function, arguments_now)
+            for x, y in zip(outputs, expected):
+                assert torch.equal(x, y), (
+                    f"{value} in {' and '.join(poisoned)} where mask is 0 changed the result: "
+                    "NaN * 0 is NaN, torch.where does not read what it drops")
+            for x, y in zip(gradients, expected_gradients):
+                assert torch.equal(x, y), (
+                    f"{value} in {' and '.join(poisoned)} where mask is 0 changed the gradient: "
+                    "put zeros there with torch.where before the first operation, not after the "
+                    "last")
+
+
+def same_for_all_mask_types(function, **arguments):
+    outputs = [outputs_and_gradients(function, {**arguments, "mask": arguments["mask"].to(dtype)})
+               for dtype in (torch.bool, torch.long, torch.int32, torch.float32, torch.float64)]
+    for other in outputs[1:]:
+        for x, y in zip(outputs[0][0] + list(outputs[0][1]), other[0] + list(other[1])):
+            assert torch.equal(x, y), "a bool, a long and a float mask give different results"
+
+
+def keeps_types_and_inputs(function, *floats, **arguments):
+    """float32 in, float32 out; float64 in, float64 out; nothing is changed in place."""
+    for dtype in (torch.float32, torch.float64):
+        given = {name: x.to(dtype) if name in floats else x for name, x in arguments.items()}
+        before = {name: x.clone() for name, x in given.items()}
+        outputs = function(**given)
+        for x in outputs if isinstance(outputs, tuple) else (outputs,):
+            assert x.dtype == dtype, f"{dtype} in, {x.dtype} out"
+        for name, x in before.items():
+            assert torch.equal(given[name], x), f"the caller's {name} was changed in place"
+
+
+def some_masks(batch, width):
+    """A mask whose rows end at 1, 2, ..., width, 1, ...: EOS first, in the middle, and absent."""
+    return torch.arange(width)[None] < (torch.arange(batch)[:, None] % width) + 1
+
+
+COMMON = dict(vocab_size=40, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=64)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, resid_pdrop=0,
+            embd_pdrop=0)
+CONFIGS = {
+    "gpt2": lambda: GPT2Config(**COMMON, **GPT2),
+    "gpt_neox": lambda: GPTNeoXConfig(
+        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, hidden_dropout=0, attention_dropout=0),
+    "gptj": lambda: GPTJConfig(**COMMON, **GPT2, rotary_dim=4),
+    "llama": lambda: LlamaConfig(**COMMON, **LLAMA),
+    "qwen2": lambda: Qwen2Config(**COMMON, **LLAMA),
+}
+every_architecture = pytest.mark.parametrize("architecture", CONFIGS)
+
+
+def build(config, seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@functools.cache
+def tiny_language_model(architecture):
+    """A random language model of a real architecture. Shared by the tests: change copies only."""
+    return build(CONFIGS[architecture]())
+
+
+def table_model(table):
+    """A real GPT-2 whose next-token logits are table[last token], (V, V), whatever came before."""
+    vocabulary = len(table)
+    width = vocabulary + 1
+    model = build(GPT2Config(vocab_size=vocabulary, n_embd=width, n_layer=1, n_head=1,
+                             tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+                             attn_pdrop=0, resid_pdrop=0, embd_pdrop=0, n_positions=64))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "c_proj" in name or "wpe" in name:  # neither context nor position reaches the output
+                parameter.zero_()
+        model.transformer.wte.weight.copy_(torch.eye(vocabulary, width))
+        hidden = model.transformer(torch.arange(vocabulary)[:, None]).last_hidden_state[:, 0]
+        model.lm_head.weight.copy_((torch.linalg.pinv(hidden.double()) @ t(table)).T)
+    return model
+
+
+def padded(queries, responses, left=0, right=0, pad_id=0):
+    """[left-padded query | right-padded response], written without lm.py: ids, mask, Q, T."""
+    query_width = max(map(len, queries)) + left
+    width = max(map(len, responses)) + right
+    ids, mask = [], []
+    for query, response in zip(queries, responses):
+        before, after = query_width - len(query), width - len(response)
+        ids.append([pad_id] * before + query + response + [pad_id] * after)
+        mask.append([0] * before + [1] * (len(query) + len(response)) + [0] * after)
+    return torch.tensor(ids), torch.tensor(mask), query_width, width
+
+
+QUERIES = [[5, 6, 7, 8, 9], [10], [11, 12, 13], [14, 15, 16, 17]]
+RESPONSES = [[18, 2], [19, 20, 21, 22], [2], [23, 24, 25]]  # EOS = 2: middle, absent, first, absent
+
+
+# ---------------------------------------------------------------------------- masked_mean
+
+
+def test_masked_mean_counts_tokens_not_summaries():
+    # (.2 + .4 + .6 + 1) / 4 = 2.2 / 4
+    x, mask = t([[.2, .4, .6], [1, 7, -9]]), t([[1, 1, 1], [1, 0, 0]])
+    close(lm.masked_mean(x, mask), .55, "0.70 is the mean of the row means, 0.0333 counts the "
+          "padding, 0.3667 divides by all six entries: divide the masked sum by the mask's sum")
+
+
+def test_masked_mean_gradient():
+    x, mask = t([[3, -1, 4], [1, 5, 9]]).requires_grad_(), t([[1, 1, 0], [1, 0, 0]])
+    lm.masked_mean(x, mask).backward()
+    close(x.grad, [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]], "the gradient is mask / sum(mask)")
+
+
+def test_masked_mean_extremes():
+    one = t([[0, 0], [0, 1]])
+    close(lm.masked_mean(t([[5, 6], [7, 8]]), one), 8., "one entry: its mean is itself")
+    close(lm.masked_mean(t([-1e30, 1e30]), t([1, 1])), 0., "huge numbers")
+    close(lm.masked_mean(t([3, 4, 8]), torch.ones(3)), 5., "one dimension, everything counts")
+
+
+def test_masked_mean_contract():
+    x, mask = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), some_masks(3, 4)
+    refuses_shapes(lm.masked_mean, x=x, mask=mask)
+    refuses_empty_masks(lm.masked_mean, x=x, mask=mask)
+    ignores_what_is_masked(lm.masked_mean, x=x, mask=mask)
+    same_for_all_mask_types(lm.masked_mean, x=x, mask=mask)
+    keeps_types_and_inputs(lm.masked_mean, "x", x=x, mask=mask)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_masked_mean_against_a_loop(seed):
+    draw = random.Random(seed)
+    x = [[draw.gauss(0, 3) for _ in range(5)] for _ in range(4)]
+    mask = [[draw.random() < .5 for _ in range(5)] for _ in range(4)]
+    kept = [x[b][k] for b in range(4) for k in range(5) if mask[b][k]]
+    close(lm.masked_mean(t(x), torch.tensor(mask)), sum(kept) / len(kept), "loop oracle", 1e-12)
+
+
+# ---------------------------------------------------------------------------- padding and masks
+
+
+def test_pad_left_and_right():
+    ids, mask = lm.pad([[5, 6, 7], [8]], 0, left=True)
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
+    ids, mask = lm.pad([[5, 6, 7], [8]], 9, left=False)
+    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]])
+    assert ids.dtype == torch.long
+
+
+def test_a_real_token_with_the_padding_id_stays_in_the_mask():
+    _, mask = lm.pad([[9, 5, 9], [8]], 9, left=True)  # pad = eos = 9
+    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]], "the mask is made from lengths, not ids != pad"
+
+
+def test_join_puts_queries_left_and_responses_right():
+    # pad 0, EOS 9, Q = 4. The last two rows share their query; the last one never ends.
+    queries, responses = [[5, 6], [3, 4, 5, 6], [3, 4, 5, 6]], [[7, 8, 9], [7, 8, 2, 9], [7, 8, 2]]
+    ids, mask, width = lm.join(queries, responses, 0)
+    assert width == 4
+    assert ids.tolist() == [[0, 0, 5, 6, 7, 8, 9, 0], [3, 4, 5, 6, 7, 8, 2, 9],
+                            [3, 4, 5, 6, 7, 8, 2, 0]]
+    assert mask.tolist() == [[0, 0, 1, 1, 1, 1, 1, 0], [1] * 8, [1] * 7 + [0]]
+    assert lm.join([[5], [6]], [[7, 8, 9], [7]], 0)[2] == 1, "Q is the width of the queries"
+    assert lm.last_token_index(mask).tolist() == [6, 7, 6], (
+        "the last real token: -1 or 1 in row 0 comes from looking for the first pad in the whole "
+        "row, which finds the query's; 7 is the width; 4 is the number of real tokens")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32])
+def test_last_token_index_and_position_ids(dtype):
+    mask = t([[0, 0, 1, 1, 1], [1, 1, 0, 0, 0], [0, 1, 0, 0, 0], [1, 1, 1, 1, 1]]).to(dtype)
+    assert lm.last_token_index(mask).tolist() == [4, 1, 1, 4]
+    positions = lm.get_position_ids(mask)
+    assert positions.dtype == torch.long
+    real = [row[kept].tolist() for row, kept in zip(positions, mask.bool())]
+    assert real == [[0, 1, 2], [0, 1], [0], [0, 1, 2, 3, 4]], (
+        "the first real token has position 0, whatever padding stands before it")
+    assert positions[0].tolist() == [0, 0, 0, 1, 2], "-1 at the left padding is no position"
+
+
+def test_response_mask_keeps_the_first_eos():
+    responses = torch.tensor([[5, 9, 0, 0],    # EOS in the middle
+                              [9, 0, 0, 0],    # EOS first
+                              [5, 6, 7, 8],    # no EOS
+                              [5, 6, 7, 9],    # EOS last
+                              [5, 9, 7, 9],    # text and a second EOS after the first
+                              [0, 5, 9, 0],    # the padding id drawn as an ordinary token
+                              [9, 9, 9, 9]])   # padding = EOS
+    mask = lm.get_response_mask(responses, 9)
+    assert mask.dtype == torch.bool and mask.shape == responses.shape
+    assert mask.long().tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1],
+                                    [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]], (
+        "True up to and including the first EOS: EOS is an action, what follows it is not; without "
+        "an EOS every token is an action; never made from ids != pad")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_response_mask_against_a_loop(seed):
+    draw = random.Random(seed)
+    rows = [[draw.randrange(4) for _ in range(6)] for _ in range(20)]
+    expected = [[3 not in row[:k] for k in range(6)] for row in rows]
+    assert lm.get_response_mask(torch.tensor(rows), 3).tolist() == expected
+
+
+# ---------------------------------------------------------------------------- log-probabilities
+
+LOGITS = [[2, 0, 0], [0, 1, 0], [0, 0, 3], [1, 1, 1]]  # rows predict token 1, 2, 3 and (unused) 4
+LABELS = [0, 1, 2, 1]
+# log(e^2 + 2) = 2.239545, so token 1 has 0 - 2.239545; log(e + 2) = 1.551445, so token 2 has
+# 0 - 1.551445; log(e^3 + 2) = 3.094923, so token 1 has 0 - 3.094923
+LOG_PROBS = [-2.239545, -1.551445, -3.094923]
+
+
+def test_log_probs_shift_by_one():
+    log_probs = lm.get_log_probs(t([LOGITS]), torch.tensor([LABELS]))
+    close(log_probs, [LOG_PROBS], "logits at p predict token p + 1: drop the last row of logits "
+          "and the first label. -0.239545 in front means that logits p were read at label p", 1e-6)
+    close(log_probs[:, 1:], [[-1.551445, -3.094923]], "the response of a query of 2 is [Q-1:]")
+    close(-log_probs[:, 1:].mean(), 2.323184, "the SFT loss over the response only")
+    close(-log_probs.mean(), 2.295304, "the SFT loss over all tokens")
+
+
+def test_log_probs_divide_the_logits_by_the_temperature():
+    # log(e^(2/.7) + 2) = 2.965876, and so on
+    log_probs = lm.get_log_probs(t([LOGITS]), torch.tensor([LABELS]), temperature=.7)
+    close(log_probs, [[-2.965876, -1.820142, -4.312870]], "log_softmax(logits / temperature): "
+          "neither multiplied, nor the log-probs divided afterwards")
+    cold = lm.get_log_probs(t([[[2, 0], [0, 0]]]), torch.tensor([[0, 0]]), .5)
+    close(cold, [[-math.log(1 + math.exp(-4))]], "the third argument is the temperature")
+
+
+def test_log_probs_gradient():
+    # d/dz log_softmax(z / T)[y] = (onehot(y) - softmax(z / T)) / T; z = [log 2, 0] T, T = 2
+    logits = t([[[2 * math.log(2), 0], [3, 3]]]).requires_grad_()
+    lm.get_log_probs(logits, torch.tensor([[0, 1]]), 2.).sum().backward()
+    close(logits.grad, [[[-1 / 3, 1 / 3], [0, 0]]],
+          "(onehot - [2/3, 1/3]) / 2 at the position before the token, zero at the last one")
+
+
+def test_log_probs_extremes():
+    for dtype in (torch.float32, torch.float64):
+        logits = t([[[1e4, 0, -1e4], [0, 1e4, 0], [0, 0, 0]]], dtype).requires_grad_()
+        log_probs = lm.get_log_probs(logits, torch.tensor([[0, 2, 1]]))
+        close(log_probs, [[-2e4, 0]], "log(softmax(x)) is -inf here: use log_softmax")
+        log_probs.sum().backward()
+        close(logits.grad, [[[-1, 0, 1], [0, 0, 0], [0, 0, 0]]], "onehot - softmax, finite")
+
+
+def test_log_probs_of_half_precision_logits_are_not_rounded():
+    logits = t([[[20, 19.5, 3], [0, 0, 0]]], torch.bfloat16)
+    # log(e^20 + e^19.5 + e^3) = 20 + log(1 + e^-.5 + e^-17) = 20.4740770
+    close(lm.get_log_probs(logits, torch.tensor([[0, 1]])), [[-.9740770]],
+          "a log_softmax in bfloat16 is off by 1e-3: go to float32 first", 1e-5)
+
+
+def test_log_probs_contract():
+    logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[0, 1, 2, 3], [4, 3, 2, 1], [0, 0, 0, 0]])
+    for wrong in (labels[:1], labels[:, :1], labels[:, 1:], labels[0], labels[None]):
+        with pytest.raises(ValueError, match=r"logits.*labels|labels.*logits") as error:
+            lm.get_log_probs(logits, wrong)
+        assert str(tuple(wrong.shape)) in str(error.value) and "(3, 4" in str(error.value)
+    for wrong in (logits[:1], logits[:, :1], logits[:, 1:]):
+        with pytest.raises(ValueError, match=r"logits.*labels|labels.*logits"):
+            lm.get_log_probs(wrong, labels)
+    for temperature in (0., -1., math.nan):
+        with pytest.raises(ValueError, match="temperature"):
+            lm.get_log_probs(logits, labels, temperature)
+    keeps_types_and_inputs(lm.get_log_probs, "logits", logits=logits, labels=labels)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_log_probs_against_a_loop(seed):
+    draw = random.Random(seed)
+    logits = [[[draw.gauss(0, 4) for _ in range(5)] for _ in range(6)] for _ in range(3)]
+    labels = [[draw.randrange(5) for _ in range(6)] for _ in range(3)]
+    temperature = draw.uniform(.3, 2)
+    expected = [[logits[b][k - 1][labels[b][k]] / temperature
+                 - math.log(sum(math.exp(z / temperature) for z in logits[b][k - 1]))
+                 for k in range(1, 6)] for b in range(3)]
+    actual = lm.get_log_probs(t(logits), torch.tensor(labels), temperature)
+    close(actual, expected, "loop oracle", 1e-11)
+
+
+# ---------------------------------------------------------------------------- sampling, by table
+
+
+def surely(successors):
+    """Logits of a model that surely puts successors[token] after token."""
+    return [[30. if token == after else 0. for token in range(len(successors))]
+            for after in successors]
+
+
+def start(tokens):
+    """One query per token, [0, 0, token], its first two positions padding."""
+    ids = torch.zeros(len(tokens), 3, dtype=torch.long)
+    ids[:, 2] = torch.tensor(tokens)
+    return ids, torch.tensor([[0, 0, 1]] * len(tokens))
+
+
+def count_down(tokens, max_new_tokens, pad_token_id, temperature=0.):
+    """Every token is followed by the one below; EOS = 1."""
+    model = table_model(surely([0, 0, 1, 2, 3, 4, 5, 6]))
+    return lm.sample(model, *start(tokens), max_new_tokens, eos_token_id=1,
+                     pad_token_id=pad_token_id, temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0., 1.])
+def test_sample_pads_after_eos_and_is_as_wide_as_the_longest(temperature):
+    responses = count_down([3, 5, 2, 4], 9, 7, temperature)
+    assert responses.dtype == torch.long
+    assert responses.tolist() == [[2, 1, 7, 7], [4, 3, 2, 1], [1, 7, 7, 7], [3, 2, 1, 7]], (
+        "the width is that of the longest response, after EOS comes pad_token_id, and a row that "
+        "ended must not shift the others")
+
+
+def test_sample_stops_at_max_new_tokens():
+    assert count_down([3, 6, 2], 2, 7).tolist() == [[2, 1], [5, 4], [1, 7]]
+    assert count_down([3, 6, 2], 1, 7).tolist() == [[2], [5], [1]]
+    assert count_down([6], 5, 7).tolist() == [[5, 4, 3, 2, 1]], "EOS as the very last token"
+    assert count_down([2, 2], 5, 7).tolist() == [[1], [1]], "all rows end at once"
+
+
+def test_sample_with_padding_equal_to_eos():
+    assert count_down([3, 5], 9, 1).tolist() == [[2, 1, 1, 1], [4, 3, 2, 1]]
+
+
+def test_a_padding_id_drawn_before_eos_is_an_ordinary_token():
+    model = table_model(surely([2, 1, 3, 1, 0, 4]))  # 5 -> 4 -> 0 -> 2 -> 3 -> 1 = EOS
+    responses = lm.sample(model, *start([5, 2]), 9, eos_token_id=1, pad_token_id=0, temperature=0)
+    assert responses.tolist() == [[4, 0, 2, 3, 1], [3, 1, 0, 0, 0]], "only EOS ends a response"
+
+
+# A four-token distribution in an order that is not sorted; token 4 = EOS has no mass worth noting
+PROBS = [.15, .5, .1, .25]
+
+
+def frequencies(n=20000, steps=1, seed=0, **settings):
+    row = [math.log(p) for p in PROBS] + [-40.]
+    model = table_model([row] * 5)
+    model.generation_config.top_k = 1  # a checkpoint's own settings must not shape the rollouts
+    model.generation_config.repetition_penalty = 5.
+    model.generation_config.temperature = .1
+    generator = torch.Generator().manual_seed(seed)
+    responses = lm.sample(model, *start([0] * (n // steps)), steps, eos_token_id=4, pad_token_id=4,
+                          generator=generator, **settings)
+    return torch.bincount(responses.flatten(), minlength=5)
+
+
+def fits(counts, expected, hint):
+    """Pearson's chi-square of the counts; 99.99 % of fair draws stay below 21.1 (3 degrees)."""
+    n, expected = sum(counts.tolist()), t(expected + [0])
+    assert counts[expected == 0].sum() == 0, f"{hint}: drawn, though impossible: {counts.tolist()}"
+    kept = expected > 0
+    chi_square = ((counts - n * expected) ** 2)[kept] / (n * expected)[kept]
+    assert chi_square.sum() < 21.1, f"{hint}: {(counts / n).tolist()}, not {expected.tolist()}"
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_sample_draws_from_the_softmax(steps):
+    fits(frequencies(steps=steps), PROBS, "no top_k, no penalty, every token at its probability")
+
+
+def test_sample_divides_the_logits_by_the_temperature():
+    # p^(1/.5) = [.0225, .25, .01, .0625] / .345
+    fits(frequencies(temperature=.5), [.0225 / .345, .25 / .345, .01 / .345, .0625 / .345],
+         "temperature .5 squares the probabilities")
+    # p^(1/2) = [.387298, .707107, .316228, .5] / 1.910633
+    roots = [math.sqrt(p) for p in PROBS]
+    fits(frequencies(temperature=2.), [x / sum(roots) for x in roots], "temperature 2: roots")
+
+
+def test_top_p_keeps_the_token_that_crosses_it():
+    fits(frequencies(top_p=.45), [0, 1, 0, 0], ".5 alone crosses .45; without it nothing is left")
+    fits(frequencies(top_p=.6), [0, 2 / 3, 0, 1 / 3], ".5, then .25 crosses .6; renormalised")
+    fits(frequencies(top_p=.8), [.15 / .9, .5 / .9, 0, .25 / .9], ".5 + .25 + .15 crosses .8")
+    fits(frequencies(top_p=.95), PROBS, "all four are needed to reach .95")
+    fits(frequencies(top_p=1e-6), [0, 1, 0, 0], "the most likely token is always kept")
+
+
+def test_top_p_keeps_no_token_after_the_one_that_reaches_it():
+    generator = torch.Generator().manual_seed(0)  # four tokens of exactly 1/4: two reach 1/2
+    drawn = lm.next_token(torch.zeros(200, 4), 1., .5, generator)
+    assert len(set(drawn.tolist())) == 2, "the smallest set whose probability is at least top_p"
+
+
+def test_temperature_comes_before_top_p():
+    # squared and renormalised the largest is .25 / .345 = .7246: it alone reaches .7
+    fits(frequencies(top_p=.7, temperature=.5), [0, 1, 0, 0], "top_p of softmax(logits / T)")
+    # the roots are [.2027, .3701, .1655, .2617]: .3701 + .2617 = .6318 misses .75, + .2027 crosses
+    total = sum(math.sqrt(p) for p in (.15, .5, .25))
+    fits(frequencies(top_p=.75 - 1e-3, temperature=2.),
+         [math.sqrt(.15) / total, math.sqrt(.5) / total, 0, math.sqrt(.25) / total],
+         "top_p of softmax(logits / T)")
+
+
+def test_temperature_zero_takes_the_most_likely():
+    fits(frequencies(temperature=0.), [0, 1, 0, 0], "temperature 0 is greedy")
+
+
+def test_sample_draws_from_its_generator_only():
+    before = torch.get_rng_state()
+    first, again, other = frequencies(99), frequencies(99), frequencies(99, seed=1)
+    assert torch.equal(torch.get_rng_state(), before), (
+        "sample with a generator moved the global random state")
+    assert torch.equal(first, again), "one seed, two results"
+    assert not torch.equal(first, other), "another seed, the same result"
+
+
+def test_sample_without_a_generator_obeys_manual_seed():
+    model = table_model([[0.] * 5] * 5)
+
+    def draw(seed):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return lm.sample(model, *start([0] * 20), 3, eos_token_id=4, pad_token_id=4).tolist()
+
+    assert draw(0) == draw(0) != draw(1)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -.5}, {"top_p": 0.}, {"top_p": 1.5},
+                                   {"max_new_tokens": 0}])
+def test_sample_refuses_settings_without_a_meaning(wrong):
+    settings = {"max_new_tokens": 2, "temperature": 1., "top_p": 1., **wrong}
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        lm.sample(table_model(surely([0, 0])), *start([0]), eos_token_id=1, pad_token_id=1,
+                  **settings)
+
+
+def test_every_use_of_randomness_has_a_stream_of_its_own():
+    before = torch.get_rng_state()
+    draws = [torch.rand((), generator=lm.generator_for(*names)).item() for names in
+             [(0, "ppo", 1), (0, "ppo", 1), (0, "ppo", 2), (1, "ppo", 1), (0, "reward", 1), (0,)]]
+    assert draws[0] == draws[1] and len(set(draws)) == 5
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------------------- on real models
+
+
+def greedy_without_cache(model, query, max_new_tokens, eos_token_id):
+    """The most likely token, again and again: one row, no padding, no cache."""
+    ids = list(query)
+    while len(ids) < len(query) + max_new_tokens and ids[len(query):][-1:] != [eos_token_id]:
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(query):]
+
+
+@functools.cache
+def greedy_responses(architecture):
+    """What each query alone is continued with for 7 tokens, and an EOS that ends some of them."""
+    model = tiny_language_model(architecture)
+    with torch.no_grad():
+        free = [greedy_without_cache(model, query, 7, -1) for query in QUERIES]
+    for eos in range(40):  # one that cuts a row in the middle while another one goes on
+        ends = [row.index(eos) if eos in row else None for row in free]
+        if None in ends and any(end is not None and 0 < end < 5 for end in ends):
+            return free, eos, [row[: row.index(eos) + 1] if eos in row else row for row in free]
+    raise AssertionError("no suitable EOS: choose another seed for the tiny model")
+
+
+@every_architecture
+@pytest.mark.parametrize("extra", [0, 1, 3])
+def test_greedy_sample_is_step_by_step_argmax(architecture, extra):
+    free, eos, expected = greedy_responses(architecture)
+    ids, mask, _, _ = padded(QUERIES, [[]] * 4, left=extra)
+    responses = lm.sample(tiny_language_model(architecture), ids, mask, 7, eos_token_id=eos,
+                          pad_token_id=0, temperature=0)
+    assert responses.tolist() == [row + [0] * (7 - len(row)) for row in expected], (
+        "a row's text depends on the padding or on the other rows: position ids from the attention "
+        "mask? the mask grown by one per token? the cache in step with the rows that go on?")
+
+
+@every_architecture
+def test_the_padding_id_may_be_any_token(architecture):
+    free, _, _ = greedy_responses(architecture)
+    model = tiny_language_model(architecture)
+    for pad_id in {free[0][0], free[0][1], free[1][0]}:  # tokens that the rows do draw
+        ids, mask, _, _ = padded(QUERIES, [[]] * 4, pad_id=pad_id)
+        responses = lm.sample(model, ids, mask, 7, eos_token_id=39 if 39 not in sum(free, [])
+                              else 38, pad_token_id=pad_id, temperature=0)
+        assert responses.tolist() == free, "an ordinary token with the padding's id was masked out"
+
+
+@every_architecture
+def test_sample_leaves_its_inputs_and_the_model_alone(architecture):
+    model = tiny_language_model(architecture)
+    ids, mask, _, _ = padded(QUERIES, [[]] * 4)
+    before = ids.clone(), mask.clone()
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    lm.sample(model, ids, mask, 4, eos_token_id=2, pad_token_id=0)
+    assert torch.equal(ids, before[0]) and torch.equal(mask, before[1])
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@functools.cache
+def log_probs_one_by_one(architecture, temperature):
+    """Of each response on its own, without padding, from all logits: lists of floats."""
+    model, expected = tiny_language_model(architecture), []
+    for query, response in zip(QUERIES, RESPONSES):
+        with torch.no_grad():
+            logits = model(torch.tensor([query + response]), use_cache=False).logits[0].double()
+        rows = (logits / temperature).tolist()
+        expected.append([rows[len(query) + k - 1][token] - math.log(sum(
+            math.exp(z) for z in rows[len(query) + k - 1])) for k, token in enumerate(response)])
+    return expected
+
+
+@every_architecture
+@pytest.mark.parametrize("left, right, pad_id, temperature",
+                         [(0, 0, 0, 1.), (1, 3, 0, 1.), (3, 1, 2, .7)])
+def test_response_log_probs_do_not_see_the_padding(architecture, left, right, pad_id, temperature):
+    ids, mask, _, width = padded(QUERIES, RESPONSES, left, right, pad_id)
+    with torch.no_grad():
+        actual = lm.response_log_probs(tiny_language_model(architecture), ids, mask, width,
+                                       temperature)
+    assert actual.shape == (4, width)
+    for row, expected in zip(actual, log_probs_one_by_one(architecture, temperature)):
+        close(row[: len(expected)], expected, "log-probs of a response alone and in a padded batch "
+              "differ: attention mask, position ids, temperature, or a shift by one?", 1e-5)
+
+
+@every_architecture
+def test_response_log_probs_are_a_slice_of_all_log_probs(architecture):
+    model = tiny_language_model(architecture)
+    ids, mask, query_width, width = padded(QUERIES, RESPONSES, 1, 1)
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        expected = lm.get_log_probs(logits, ids, .7)[:, query_width - 1:]
+        actual = lm.response_log_probs(model, ids, mask, width, .7)
+    close(actual, expected, "token t of the response is predicted at Q + t - 1", 1e-5)
+
+
+def test_response_log_probs_carry_the_gradient():
+    model = build(CONFIGS["gpt2"]())
+    ids, mask, _, width = padded(QUERIES, RESPONSES)
+    lm.response_log_probs(model, ids, mask, width).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), (
+        "the policy loss reaches the policy through these log-probs: no no_grad, no detach")
+
+
+# ---------------------------------------------------------------------------- schedules
+
+
+def test_linear_schedule():
+    # 1.5e-5 (1 - u / 4) for u = 0 .. 3
+    close([1.5e-5 * lm.linear_schedule(u, 4) * 1e5 for u in range(4)], [1.5, 1.125, .75, .375],
+          "the first update has the full rate, the last one 1 / total of it")
+
+
+def test_cosine_schedule():
+    # 3e-6 (1 + cos(pi s / 4)) / 2 for s = 0 .. 4
+    close([3 * lm.cosine_schedule(s, 4) for s in range(5)], [3, 2.560660, 1.5, .439340, 0],
+          "half a cosine wave, from 1 to 0")
+
+
+def test_set_lr_reaches_every_group():
+    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in (1., 2.)]
+    optimizer = torch.optim.Adam(groups)
+    lm.set_lr(optimizer, .5)
+    assert [group["lr"] for group in optimizer.param_groups] == [.5, .5]

@@ -1,0 +1,533 @@
+"""ppo.py on paper: per-token KL reward, GAE, whitening and the two clipped objectives.
+
+Order: numbers that a pencil can check, gradients in closed form, extreme inputs, slow oracles in
+plain Python (they share no code with ours), and an exact expectation over four tokens.
+"""
+
+import math
+import random
+
+import pytest
+import torch
+
+from lm import get_log_probs
+from ppo import (compute_gae, kl_penalized_rewards, penalize_missing_eos, policy_loss, value_loss,
+                 whiten)
+from test_lm import (close, ignores_what_is_masked, keeps_types_and_inputs, refused,
+                     refuses_empty_masks, refuses_shapes, same_for_all_mask_types, some_masks, t)
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gauss(draw, batch, width, scale=1.):
+    return [[draw.gauss(0, scale) for _ in range(width)] for _ in range(batch)]
+
+
+def needs_an_action_in_every_row(function, **arguments):
+    mask = arguments["mask"].clone()
+    mask[1] = 0
+    refused(function, {**arguments, "mask": mask}, ["mask"])
+
+
+# ---------------------------------------------------------------------------- no EOS
+
+
+def test_penalize_missing_eos_replaces_the_score():
+    scores, ended = t([.5, -3, 2, 7]), torch.tensor([True, False, False, True])
+    close(penalize_missing_eos(scores, ended), [.5, -1, -1, 7],
+          "replaced by -1 where no EOS was sampled, also a score below -1; -4 and 1 subtract")
+    close(penalize_missing_eos(scores, ended, value=-2.5), [.5, -2.5, -2.5, 7], "value is a choice")
+    close(penalize_missing_eos(scores, ended, -.25), [.5, -.25, -.25, 7], "the third argument")
+
+
+def test_penalize_missing_eos_contract():
+    scores, ended = torch.tensor([.5, -3., 2.]), torch.tensor([1, 0, 1])
+    for dtype in (torch.bool, torch.long, torch.float32):
+        poisoned = penalize_missing_eos(torch.tensor([.5, math.nan, 2.]), ended.to(dtype))
+        close(poisoned, [.5, -1, 2], "what is replaced is not read")
+    for wrong in (ended[:1], ended[0], ended[:, None], ended[None], ended[:2]):
+        refused(penalize_missing_eos, {"scores": scores, "mask_has_eos": wrong},
+                ["scores", "mask_has_eos"])
+    keeps_types_and_inputs(penalize_missing_eos, "scores", scores=scores, mask_has_eos=ended)
+
+
+# ---------------------------------------------------------------------------- reward
+
+LOG_PROBS, REF_LOG_PROBS, MASK = [-1, -2, -.5, -3], [-1.2, -1.5, -1, -3], [1, 1, 1, 0]
+
+
+def test_kl_penalized_rewards():
+    # KL per token: -1 + 1.2 = .2, -2 + 1.5 = -.5, -.5 + 1 = .5, and the last is no action.
+    # -.05 times that: -.01, .025, -.025; the score 2 comes on top at the last action
+    rewards = kl_penalized_rewards(t([2]), t([LOG_PROBS]), t([REF_LOG_PROBS]), t([MASK]), .05)
+    close(rewards, [[-.01, .025, 1.975, 0]], "[.01, -.025, 2.025, 0]: the sign of the KL is "
+          "log_probs - ref_log_probs; a 2 in other places: the score is paid once, at the last "
+          "action, not at the padding and not at every token")
+    close(rewards.sum(), 1.99, "a row sums to the paper's R(x, y) = score - beta KL = 2 - .05 * .2")
+
+
+def test_kl_penalized_rewards_end_everywhere():
+    # EOS first, in the middle, absent; every token costs 1 * (.5 - .25) = .25
+    log_probs, ref_log_probs = t([[.5] * 3] * 3), t([[.25] * 3] * 3)
+    mask = t([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
+    rewards = kl_penalized_rewards(t([10, 20, 30]), log_probs, ref_log_probs, mask, 1.)
+    close(rewards, [[9.75, 0, 0], [-.25, 19.75, 0], [-.25, -.25, 29.75]],
+          "each row's score at its own last action")
+
+
+def test_without_eos_the_penalty_is_paid_and_the_kl_too():
+    score = penalize_missing_eos(t([2]), t([0]))
+    rewards = kl_penalized_rewards(score, t([LOG_PROBS]), t([REF_LOG_PROBS]), t([MASK]), .05)
+    close(rewards.sum(), -1.01, "-1 - .05 * .2")
+
+
+def test_kl_beta_zero_leaves_the_score():
+    rewards = kl_penalized_rewards(t([2]), t([LOG_PROBS]), t([REF_LOG_PROBS]), t([MASK]), 0.)
+    close(rewards, [[0, 0, 2, 0]], "no KL, only the score")
+
+
+def test_the_penalty_is_the_kl_divergence_in_expectation():
+    # All four one-token summaries. KL(p || q) = .5 log 2 + .25 log 1 + 2 * .125 log(1/2)
+    # = (.5 - .25) log 2 = .173287; the other way round it is (.5 - .25) log 2 as well, so take a
+    # second pair: KL([.5, .3, .2] || [.4, .4, .2]) = .0252672, the other way round .0258154
+    for p, q, kl in [([.5, .25, .125, .125], [.25] * 4, .25 * math.log(2)),
+                     ([.5, .3, .2], [.4, .4, .2], .0252672)]:
+        scores = torch.arange(float(len(p)), dtype=torch.float64)
+        rewards = kl_penalized_rewards(scores, t(p).log()[:, None], t(q).log()[:, None],
+                                       torch.ones(len(p), 1), 2.)
+        close((t(p) * rewards[:, 0]).sum(), (t(p) * scores).sum() - 2 * kl,
+              "E_p[R] = E_p[score] - beta KL(p || q): not KL(q || p), not a square, no factor 1/2")
+
+
+def test_kl_penalized_rewards_extremes():
+    for dtype in (torch.float32, torch.float64):
+        rewards = kl_penalized_rewards(t([1e4], dtype), t([[-1e4, -1]], dtype),
+                                       t([[-1, -1e4]], dtype), t([[1, 1]]), .05)
+        close(rewards, [[499.95, 1e4 - 499.95]], "linear in the log-ratio, so nothing overflows")
+
+
+def test_kl_penalized_rewards_contract():
+    arguments = {"log_probs": noise(4, 3), "ref_log_probs": noise(4, 3, seed=1),
+                 "mask": some_masks(4, 3)}
+    scores = noise(4, seed=2)
+
+    def rewards(log_probs, ref_log_probs, mask, scores=scores):
+        return kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, .1)
+
+    refuses_shapes(rewards, **arguments)
+    for wrong in (scores[:1], scores[0], scores[:, None], scores[None], scores[:3]):
+        refused(rewards, {**arguments, "scores": wrong}, ["scores", "mask"])
+    refuses_empty_masks(rewards, **arguments)
+    needs_an_action_in_every_row(rewards, **arguments)
+    ignores_what_is_masked(rewards, **arguments)
+    same_for_all_mask_types(rewards, **arguments)
+    keeps_types_and_inputs(rewards, "log_probs", "ref_log_probs", "scores", scores=scores,
+                           **arguments)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kl_penalized_rewards_against_a_loop(seed):
+    draw = random.Random(seed)
+    log_probs, ref_log_probs = gauss(draw, 5, 4), gauss(draw, 5, 4)
+    scores, lengths = gauss(draw, 1, 5)[0], [draw.randrange(1, 5) for _ in range(5)]
+    expected = []
+    for b in range(5):
+        row = [.3 * (ref_log_probs[b][k] - log_probs[b][k]) for k in range(lengths[b])]
+        row[-1] += scores[b]
+        expected.append(row + [0.] * (4 - lengths[b]))
+    mask = torch.tensor([[k < length for k in range(4)] for length in lengths])
+    close(kl_penalized_rewards(t(scores), t(log_probs), t(ref_log_probs), mask, .3), expected,
+          "loop oracle", 1e-12)
+
+
+# ---------------------------------------------------------------------------- GAE
+
+
+def test_gae():
+    # gamma 1, lambda .95. delta: 1 - .8 = .2; 0 + .8 - .6 = .2; 0 + .6 - .5 = .1.
+    # A: .2; .2 + .95 * .2 = .39; .1 + .95 * .39 = .4705. returns: A + V
+    advantages, returns = compute_gae(t([[0, 0, 1]]), t([[.5, .6, .8]]), torch.ones(1, 3))
+    close(advantages, [[.4705, .39, .2]], "[.5, .4, .2] ignores lambda, [.1, .2, .2] forgets the "
+          "recursion, [..., 1] forgets V: delta = R + gamma V' - V, A = delta + gamma lambda A'")
+    close(returns, [[.9705, .99, 1]], "returns = unwhitened advantages + values")
+
+
+def test_gae_limits():
+    rewards, values, mask = t([[0, 0, 1]]), t([[.5, .6, .8]]), torch.ones(1, 3)
+    close(compute_gae(rewards, values, mask, 1., 1.)[0], [[.5, .4, .2]],
+          "lambda 1: all rewards to come, minus V")
+    close(compute_gae(rewards, values, mask, 1., 0.)[0], [[.1, .2, .2]], "lambda 0: delta alone")
+
+
+def test_gae_with_a_discount():
+    # gamma .9, lambda .5. delta: 2 - 1 = 1; -1 + .9 * 1 + .5 = .4; 1 + .9 * -.5 - .5 = .05.
+    # A: 1; .4 + .45 * 1 = .85; .05 + .45 * .85 = .4325
+    advantages, returns = compute_gae(t([[1, -1, 2]]), t([[.5, -.5, 1]]), torch.ones(1, 3), .9, .5)
+    close(advantages, [[.4325, .85, 1]], "gamma discounts V' and, with lambda, A'")
+    close(returns, [[.9325, .35, 2]], "returns = advantages + values")
+    swapped, _ = compute_gae(t([[1, -1, 2]]), t([[.5, -.5, 1]]), torch.ones(1, 3), gamma=.5, lam=.9)
+    # delta: 1; -1 + .5 + .5 = 0; 1 - .25 - .5 = .25. A: 1; 0 + .45 = .45; .25 + .45 * .45 = .4525
+    close(swapped, [[.4525, .45, 1]], "gamma and lambda are two things")
+
+
+def test_gae_stops_at_the_end_of_each_summary():
+    # EOS in the middle (row of test_gae), first, absent: (2 - 1 = 1), then
+    # delta: 1 - .5 = .5; 0 + .5 - 1 = -.5; ... A: .5; -.5 + .475 = -.025; 0 - .02375; ...
+    rewards = t([[0, 0, 1, 50, -50], [2, 9, 9, 9, 9], [0, 0, 0, 0, 1]])
+    values = t([[.5, .6, .8, 9, -9], [1, 7, 7, 7, 7], [1, 1, 1, 1, .5]])
+    mask = t([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 1, 1]])
+    advantages, returns = compute_gae(rewards, values, mask)
+    last = [-.025 * .95 ** 3, -.025 * .95 ** 2, -.025 * .95, -.025, .5]
+    close(advantages, [[.4705, .39, .2, 0, 0], [1, 0, 0, 0, 0], last],
+          "V and A behind the end count as 0, whatever junk the padding holds")
+    close(returns, [[.9705, .99, 1, 0, 0], [2, 0, 0, 0, 0],
+                    [1 + last[0], 1 + last[1], 1 + last[2], .975, 1]],
+          "returns are zero off the mask too")
+
+
+def test_from_scores_to_returns():
+    # rewards [-.01, .025, 1.975]. delta: 1.975 - .3 = 1.675; .025 + .3 - .2 = .125;
+    # -.01 + .2 - .1 = .09. A: 1.675; .125 + 1.59125 = 1.71625; .09 + 1.6304375 = 1.7204375
+    rewards = kl_penalized_rewards(t([2]), t([LOG_PROBS]), t([REF_LOG_PROBS]), t([MASK]), .05)
+    advantages, returns = compute_gae(rewards, t([[.1, .2, .3, .4]]), t([MASK]))
+    close(advantages, [[1.7204375, 1.71625, 1.675, 0]], "[1.648, 1.640, 1.595] pays the score one "
+          "position after the last action")
+    close(returns, [[1.8204375, 1.91625, 1.975, 0]], "returns = advantages + values")
+
+
+def test_gae_is_detached():
+    rewards, values = t([[0, 0, 1]]).requires_grad_(), t([[.5, .6, .8]]).requires_grad_()
+    for x in compute_gae(rewards, values, torch.ones(1, 3)):
+        assert not x.requires_grad, (
+            "advantages and returns are constants: with a gradient, the critic would learn to "
+            "raise its own target, and the policy loss would train the critic")
+
+
+def test_gae_of_one_token():
+    advantages, returns = compute_gae(t([[3]]), t([[.5]]), torch.ones(1, 1), .9, .5)
+    close(advantages, [[2.5]], "R - V, nothing follows")
+    close(returns, [[3]], "R")
+
+
+def test_gae_contract():
+    arguments = {"rewards": noise(4, 3), "values": noise(4, 3, seed=1), "mask": some_masks(4, 3)}
+    refuses_shapes(compute_gae, **arguments)
+    refuses_empty_masks(compute_gae, **arguments)
+    needs_an_action_in_every_row(compute_gae, **arguments)
+    ignores_what_is_masked(compute_gae, **arguments)
+    same_for_all_mask_types(compute_gae, **arguments)
+    keeps_types_and_inputs(compute_gae, "rewards", "values", **arguments)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gae_against_a_double_sum(seed):
+    draw = random.Random(seed)
+    rewards, values = gauss(draw, 6, 5), gauss(draw, 6, 5)
+    lengths = [1, 2, 3, 4, 5, 5]
+    gamma, lam = draw.uniform(.8, 1), draw.uniform(.3, 1)
+    advantages, returns = [], []
+    for b, length in enumerate(lengths):
+        row = []
+        for k in range(5):  # A_k = sum over j >= k of (gamma lambda)^(j - k) delta_j
+            row.append(sum((gamma * lam) ** (j - k) * (
+                rewards[b][j] + (gamma * values[b][j + 1] if j + 1 < length else 0) - values[b][j])
+                for j in range(k, length)))
+        advantages.append([float(x) for x in row])
+        returns.append([row[k] + values[b][k] if k < length else 0. for k in range(5)])
+    mask = torch.tensor([[k < length for k in range(5)] for length in lengths])
+    actual = compute_gae(t(rewards), t(values), mask, gamma, lam)
+    close(actual[0], advantages, "double-sum oracle, advantages", 1e-12)
+    close(actual[1], returns, "double-sum oracle, returns", 1e-12)
+
+
+# ---------------------------------------------------------------------------- whitening
+
+
+def test_whiten():
+    # 1, 2, 3 and 5: mean 2.75, population variance (1.75^2 + .75^2 + .25^2 + 2.25^2) / 4 = 2.1875
+    x, mask = t([[1, 2, 3, 100], [5, 100, 100, 100]]), t([[1, 1, 1, 0], [1, 0, 0, 0]])
+    close(whiten(x, mask), [[-1.183216, -.507093, .169031, 0], [1.521278, 0, 0, 0]],
+          "-1.0357 takes the padding into the mean, -1.0247 divides the variance by n - 1, a mean "
+          "over each row gives [-1.22, 0, 1.22] and [0]")
+
+
+def test_whiten_adds_1e_8_to_the_variance():
+    # mean 5e-5, variance 2.5e-9: 5e-5 / sqrt(2.5e-9 + 1e-8) = 5e-5 / 1.118034e-4
+    close(whiten(t([[0, 1e-4]]), torch.ones(1, 2)), [[-.4472136, .4472136]],
+          "1e-8 belongs under the root")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_whiten_extremes(dtype):
+    close(whiten(t([[3, 3, 3]], dtype), torch.ones(1, 3)), [[0, 0, 0]], "no variance: 0, not NaN")
+    close(whiten(t([[5]], dtype), torch.ones(1, 1)), [[0]], "one token: 0, not NaN")
+    close(whiten(t([[5, 7], [8, 9]], dtype), t([[0, 0], [1, 0]])), [[0, 0], [0, 0]],
+          "everything masked but one")
+    # 10000, 10001, 10002: mean 10001, variance 2/3
+    close(whiten(t([[1e4, 1e4 + 1, 1e4 + 2]], dtype), torch.ones(1, 3)),
+          [[-1.2247449, 0, 1.2247449]], "E[x^2] - mean^2 loses all its digits here", 1e-5)
+    close(whiten(t([[-1e8, 1e8]], dtype), torch.ones(1, 2)), [[-1, 1]], "large numbers")
+
+
+def test_whiten_contract():
+    arguments = {"x": noise(4, 3) + 2, "mask": some_masks(4, 3)}
+    refuses_shapes(whiten, **arguments)
+    refuses_empty_masks(whiten, **arguments)
+    ignores_what_is_masked(whiten, **arguments)
+    same_for_all_mask_types(whiten, **arguments)
+    keeps_types_and_inputs(whiten, "x", **arguments)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whiten_against_a_loop(seed):
+    draw = random.Random(seed)
+    x, mask = gauss(draw, 4, 5, 3.), [[draw.random() < .6 for _ in range(5)] for _ in range(4)]
+    kept = [x[b][k] for b in range(4) for k in range(5) if mask[b][k]]
+    mean = sum(kept) / len(kept)
+    std = math.sqrt(sum((value - mean) ** 2 for value in kept) / len(kept) + 1e-8)
+    expected = [[(x[b][k] - mean) / std if mask[b][k] else 0. for k in range(5)] for b in range(4)]
+    close(whiten(t(x), torch.tensor(mask)), expected, "loop oracle", 1e-12)
+
+
+# ---------------------------------------------------------------------------- policy loss
+
+RATIOS, ADVANTAGES = [1.5, 1.5, .5, .5, 1.1], [1, -1, 1, -1, 2]
+
+
+def test_policy_loss():
+    # max(-A rho, -A clip(rho, .8, 1.2)): -1.2, 1.5, -.5, .8, -2.2; their mean is -1.6 / 5
+    log_probs, old = t([RATIOS]).log() - 3, t([[-3] * 5])
+    loss, clip_fraction = policy_loss(log_probs, old, t([ADVANTAGES]), torch.ones(1, 5))
+    close(loss, -.32, "the larger of two losses: -0.56 takes the smaller one, 0.32 has the wrong "
+          "sign, -0.44 never clips")
+    close(clip_fraction, .4, "clipped where the clipped loss is strictly larger (the 1st and the "
+          "4th); 0.8 counts every ratio outside the range")
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, slope", [
+    (1.5, 1, -1.2, 0), (1.5, -1, 1.5, 1.5), (.5, 1, -.5, -.5), (.5, -1, .8, 0),
+    (1.1, 2, -2.2, -2.2), (1, 3, -3, -3), (1, -3, 3, 3), (7, 0, 0, 0)])
+def test_policy_loss_by_quadrant(ratio, advantage, loss, slope):
+    # d loss / d log_prob = rho * d loss / d rho, and d loss / d rho = [0, 1, -1, 0, -2, ...]
+    log_probs = t([[math.log(ratio) - 1]]).requires_grad_()
+    value, _ = policy_loss(log_probs, t([[-1]]), t([[advantage]]), torch.ones(1, 1))
+    value.backward()
+    close(value, loss, f"ratio {ratio}, advantage {advantage}")
+    close(log_probs.grad, [[slope]], f"gradient at ratio {ratio}, advantage {advantage}: zero only "
+          "where the clipped loss is the larger one; a policy that overshot must find back")
+
+
+def test_policy_loss_gradient():
+    log_probs = t([RATIOS]).log().requires_grad_()
+    loss, clip_fraction = policy_loss(log_probs, t([[0] * 5]), t([ADVANTAGES]), torch.ones(1, 5))
+    loss.backward()
+    close(log_probs.grad, [[0, .3, -.1, 0, -.44]], "[0, 1, -1, 0, -2] * ratio / 5")
+    assert not clip_fraction.requires_grad, "a number to look at, not a loss"
+
+
+def test_policy_loss_clip_range():
+    # ratio .85, A = -1: at .1 the clipped loss .9 wins over .85; at .2 nothing is clipped
+    arguments = t([[.85]]).log(), t([[0]]), t([[-1]]), torch.ones(1, 1)
+    for clip_range, expected in ((.1, (.9, 1)), (.2, (.85, 0))):
+        loss, clip_fraction = policy_loss(*arguments, clip_range)
+        close(loss, expected[0], "clip to [1 - clip_range, 1 + clip_range]")
+        close(clip_fraction, expected[1], "clip fraction")
+
+
+def test_policy_loss_counts_tokens_not_summaries():
+    # At ratio 1 the loss is the masked mean of -A: (1 + 2 + 3 + 4) / 4
+    advantages = -t([[1, 2, 3, 50], [4, 50, 50, 50]])
+    same, mask = t([[-1] * 4, [-2] * 4]), t([[1, 1, 1, 0], [1, 0, 0, 0]])
+    loss, clip_fraction = policy_loss(same, same, advantages, mask)
+    close(loss, 2.5, "3.0 is the mean of the row means, 26.25 counts the padding: masked_mean")
+    close(clip_fraction, 0., "before any step every ratio is 1 and nothing is clipped")
+
+
+def test_clip_fraction_counts_actions_only():
+    log_probs = t([[1.5, 1, 1.5, 1.5], [1, 1, 1.5, 1.5]]).log()
+    _, clip_fraction = policy_loss(log_probs, t([[0] * 4] * 2), t([[1] * 4] * 2),
+                                   t([[1, 1, 0, 0], [1, 1, 0, 0]]))
+    close(clip_fraction, .25, "1 of 4 actions; 5/8 counts the padding")
+
+
+def test_policy_loss_with_whitened_advantages_starts_at_zero():
+    advantages = whiten(noise(5, 4).double(), some_masks(5, 4))
+    same = noise(5, 4, seed=1).double()
+    close(policy_loss(same, same, advantages, some_masks(5, 4))[0], 0., "-mean(A) = 0", 1e-12)
+
+
+def test_policy_loss_gradient_is_the_policy_gradient():
+    # Eight one-token summaries that hold the tokens 0..3 as often as p = [4, 2, 1, 1] / 8 does.
+    # E[-A d log p(y) / d z_j] = -p_j (A_j - E[A]); with A = [1, 2, 3, 9]: E[A] = 20 / 8 = 2.5,
+    # so it is [.5 * 1.5, .25 * .5, -.125 * .5, -.125 * 6.5]
+    logits = t([4, 2, 1, 1]).log().requires_grad_()
+    tokens = torch.tensor([0, 0, 0, 0, 1, 1, 2, 3])
+    labels = torch.stack([torch.zeros_like(tokens), tokens], 1)
+    log_probs = get_log_probs(logits.expand(8, 2, 4), labels)
+    advantages = t([1, 2, 3, 9])[tokens][:, None]
+    policy_loss(log_probs, log_probs.detach(), advantages, torch.ones(8, 1))[0].backward()
+    close(logits.grad, [.75, .125, -.0625, -.8125],
+          "the first PPO step is the policy gradient -E[A grad log p]")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("log_ratio, advantage, loss, slope", [
+    (1e4, 2, -2.4, 0), (-1e4, -2, 1.6, 0), (-1e4, 2, 0, 0), (1e4, 0, 0, 0), (-1e4, 0, 0, 0),
+    (100, 2, -2.4, 0), (1000, 2, -2.4, 0), (20, -1, math.exp(20), math.exp(20)),
+    (60, -1, math.exp(60), math.exp(60)), (-60, 1, -math.exp(-60), -math.exp(-60))])
+def test_policy_loss_extremes(dtype, log_ratio, advantage, loss, slope):
+    log_probs = t([[log_ratio, 0]], dtype).requires_grad_()
+    value, _ = policy_loss(log_probs, t([[0, 0]], dtype), t([[advantage, 0]], dtype), t([[1, 0]]))
+    value.backward()
+    hint = f"log-ratio {log_ratio}, advantage {advantage}: exp overflows, and 0 * inf is NaN"
+    assert value.isfinite() and log_probs.grad.isfinite().all(), hint
+    assert value.item() == pytest.approx(loss, rel=1e-4, abs=0), hint
+    assert log_probs.grad.tolist()[0] == pytest.approx([slope, 0], rel=1e-4, abs=0), hint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_policy_loss_has_a_finite_gradient_even_where_the_loss_overflows(dtype):
+    log_probs = t([[1e4, 0, 0]], dtype).requires_grad_()
+    loss, _ = policy_loss(log_probs, t([[0, 0, 0]], dtype), t([[-3, 1, 1]], dtype),
+                          torch.ones(1, 3))
+    loss.backward()
+    assert log_probs.grad.isfinite().all() and not loss.isnan(), "one token must not break the step"
+    close(log_probs.grad[:, 1:], [[-1 / 3, -1 / 3]], "and the others learn as ever")
+
+
+def test_policy_loss_contract():
+    arguments = {"log_probs": noise(4, 3), "old_log_probs": noise(4, 3, seed=1),
+                 "advantages": noise(4, 3, seed=2), "mask": some_masks(4, 3)}
+    refuses_shapes(policy_loss, **arguments)
+    refuses_empty_masks(policy_loss, **arguments)
+    ignores_what_is_masked(policy_loss, **arguments)
+    same_for_all_mask_types(policy_loss, **arguments)
+    keeps_types_and_inputs(lambda **a: policy_loss(**a)[0], "log_probs", "old_log_probs",
+                           "advantages", **arguments)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_policy_loss_against_a_loop(seed):
+    draw = random.Random(seed)
+    new, old, advantages = gauss(draw, 4, 5, .3), gauss(draw, 4, 5, .3), gauss(draw, 4, 5)
+    mask = [[draw.random() < .7 for _ in range(5)] for _ in range(4)]
+    losses, clipped = [], 0
+    for b in range(4):
+        for k in range(5):
+            if mask[b][k]:
+                ratio = math.exp(new[b][k]) / math.exp(old[b][k])
+                inside = .7 if ratio < .7 else 1.3 if ratio > 1.3 else ratio
+                losses.append(-min(advantages[b][k] * ratio, advantages[b][k] * inside))
+                clipped += advantages[b][k] * inside < advantages[b][k] * ratio
+    loss, clip_fraction = policy_loss(t(new), t(old), t(advantages), torch.tensor(mask), .3)
+    close(loss, sum(losses) / len(losses), "loop oracle", 1e-12)
+    close(clip_fraction, clipped / len(losses), "loop oracle, clip fraction")
+
+
+# ---------------------------------------------------------------------------- value loss
+
+
+def test_value_loss():
+    # clipped to 1 +- .2: [1.2, 1.1, .8]. Squared errors .25, .81, 2.25 and clipped .64, .81, 1.44;
+    # the larger ones .64, .81, 2.25 sum to 3.7; half their mean
+    loss, clip_fraction = value_loss(t([[1.5, 1.1, .5]]), t([[1, 1, 1]]), t([[2, 2, 2]]),
+                                     torch.ones(1, 3))
+    close(loss, 3.7 / 6, "1.2333 forgets the 1/2, 0.4167 takes the smaller error, 0.5517 never "
+          "clips")
+    close(clip_fraction, 1 / 3, "clipped where the clipped error is strictly larger: the first one")
+
+
+def test_value_loss_clips_around_the_old_value():
+    # V 0, old .5, return 1: the clipped value is .3, errors 1 and .49: half of 1
+    loss, clip_fraction = value_loss(t([[0]]), t([[.5]]), t([[1]]), torch.ones(1, 1))
+    close(loss, .5, "0.245 takes the smaller error")
+    close(clip_fraction, 0., "the plain error is the larger one")
+    # V 1, old .5, return 1: the clipped value is .7, errors 0 and .09: half of .09
+    loss, clip_fraction = value_loss(t([[1]]), t([[.5]]), t([[1]]), torch.ones(1, 1))
+    close(loss, .045, "0 clips around the return")
+    close(clip_fraction, 1., "the clipped error is the larger one")
+
+
+def test_value_loss_gradient():
+    # clipped: 0; (1.1 - 2) / 3; (.5 - 2) / 3
+    values = t([[1.5, 1.1, .5]]).requires_grad_()
+    loss, clip_fraction = value_loss(values, t([[1, 1, 1]]), t([[2, 2, 2]]), torch.ones(1, 3))
+    loss.backward()
+    close(values.grad, [[0, -.3, -.5]], "the 1/2 cancels the 2 of the square; zero where clipped")
+    assert not clip_fraction.requires_grad, "a number to look at, not a loss"
+
+
+def test_value_loss_clip_range():
+    # V 1.5, old 1, return 2: at .1 the clipped error is .9^2; at .6 nothing is clipped
+    arguments = t([[1.5]]), t([[1]]), t([[2]]), torch.ones(1, 1)
+    for clip_range, expected in ((.1, (.405, 1)), (.6, (.125, 0))):
+        loss, clip_fraction = value_loss(*arguments, clip_range)
+        close(loss, expected[0], "clip to old_values +- clip_range")
+        close(clip_fraction, expected[1], "clip fraction")
+
+
+def test_value_loss_counts_tokens_not_summaries():
+    # at the old value: half the mean of 1, 4, 9, 16 = 30 / 8
+    zeros, mask = torch.zeros(2, 4).double(), t([[1, 1, 1, 0], [1, 0, 0, 0]])
+    loss, _ = value_loss(zeros, zeros, t([[1, 2, 3, 50], [4, 50, 50, 50]]), mask)
+    close(loss, 3.75, "5.1667 is the mean of the row means: masked_mean")
+    _, clip_fraction = value_loss(zeros + 1, zeros, t([[1, 0, 1, 1], [0, 1, 1, 1]]), mask)
+    close(clip_fraction, .5, "V = 1, clipped .2: a larger error where the return is 1, at 2 of the "
+          "4 actions")
+
+
+def test_total_loss():
+    policy, _ = policy_loss(t([RATIOS]).log(), t([[0] * 5]), t([ADVANTAGES]), torch.ones(1, 5))
+    value, _ = value_loss(t([[1.5, 1.1, .5]]), t([[1] * 3]), t([[2] * 3]), torch.ones(1, 3))
+    close(policy + .1 * value, -.258333, "-.32 + .1 * .616667, the 1/2 inside the value loss")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_value_within_the_range_is_never_counted_as_clipped(dtype):
+    values, old = noise(40, 50, seed=3).to(dtype), noise(40, 50, seed=4).to(dtype)
+    old = values + .19 * (old / old.abs().max())
+    loss, clip_fraction = value_loss(values, old, noise(40, 50, seed=5).to(dtype),
+                                     torch.ones(40, 50))
+    close(clip_fraction, 0., "old + (new - old) is not new in floating point: clip the value "
+          "itself between old - range and old + range, so that inside it stays as it is", 0.)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_value_loss_extremes(dtype):
+    values = t([[1e4, -1e4, 1e4]], dtype).requires_grad_()
+    loss, _ = value_loss(values, t([[0, 0, 1e4]], dtype), t([[0, 2, 1e4]], dtype), torch.ones(1, 3))
+    loss.backward()
+    close(loss, (1e8 + (1e4 + 2) ** 2) / 6, "large errors are squared, not lost", 1e-5)
+    close(values.grad, [[1e4 / 3, -10002 / 3, 0]], "(V - R) / 3", 1e-5)
+
+
+def test_value_loss_contract():
+    arguments = {"values": noise(4, 3), "old_values": noise(4, 3, seed=1),
+                 "returns": noise(4, 3, seed=2), "mask": some_masks(4, 3)}
+    refuses_shapes(value_loss, **arguments)
+    refuses_empty_masks(value_loss, **arguments)
+    ignores_what_is_masked(value_loss, **arguments)
+    same_for_all_mask_types(value_loss, **arguments)
+    keeps_types_and_inputs(lambda **a: value_loss(**a)[0], "values", "old_values", "returns",
+                           **arguments)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_value_loss_against_a_loop(seed):
+    draw = random.Random(seed)
+    values, old, returns = gauss(draw, 4, 5), gauss(draw, 4, 5), gauss(draw, 4, 5)
+    mask = [[draw.random() < .7 for _ in range(5)] for _ in range(4)]
+    total, count, clipped = 0., 0, 0
+    for b in range(4):
+        for k in range(5):
+            if mask[b][k]:
+                v, low, high = values[b][k], old[b][k] - .3, old[b][k] + .3
+                inside = low if v < low else high if v > high else v
+                plain, other = (v - returns[b][k]) ** 2, (inside - returns[b][k]) ** 2
+                total, count = total + max(plain, other), count + 1
+                clipped += other > plain
+    loss, clip_fraction = value_loss(t(values), t(old), t(returns), torch.tensor(mask), .3)
+    close(loss, total / count / 2, "loop oracle", 1e-12)
+    close(clip_fraction, clipped / count, "loop oracle, clip fraction")
