@@ -30,13 +30,6 @@ class JudgeConfig:
 # ---------------------------------------------------------------------------- asking in both orders
 
 
-def check_lengths(**lists):
-    """Raise ValueError unless all lists have the same number of items."""
-    if len({len(items) for items in lists.values()}) > 1:
-        counts = ", ".join(f"{name} {len(items)}" for name, items in lists.items())
-        raise ValueError(f"expected equal numbers of items, got {counts}")
-
-
 def judge_pairwise(judge, posts, ours, theirs):
     """Ask about every pair in both orders: a list of 1.0 (ours is better) | 0.5 | 0.0 | None.
 
@@ -44,14 +37,14 @@ def judge_pairwise(judge, posts, ours, theirs):
     both orders; answers that contradict each other are a tie, and None is where either abstains.
     Raises ValueError on unequal numbers of items or a verdict that is none of the three.
     """
-    check_lengths(posts=posts, ours=ours, theirs=theirs)
+    if not len(posts) == len(ours) == len(theirs):
+        raise ValueError(f"{len(posts)} posts, {len(ours)} ours and {len(theirs)} theirs: unequal")
     both_orders = [list(judge(posts, ours, theirs)), list(judge(posts, theirs, ours))]
     for verdicts in both_orders:
         # Nothing is guessed: `startswith("A")` would take "ANSWER: B" for an A
         wrong = [verdict for verdict in verdicts if verdict not in ("A", "B", None)]
         if wrong or len(verdicts) != len(posts):
-            raise ValueError(f'expected {len(posts)} verdicts "A", "B" or None, got '
-                             f"{len(verdicts)}, wrong ones {wrong[:3]}")
+            raise ValueError(f'not {len(posts)} x "A", "B" or None: {len(verdicts)}, {wrong[:3]}')
     return [None if None in (first, second) else ((first == "A") + (second == "B")) / 2
             for first, second in zip(*both_orders)]
 
@@ -121,9 +114,9 @@ def length_controlled_win_rate(outcomes, our_lengths, their_lengths):
     regression can tell length from quality. Raises ValueError on unequal numbers of items, an
     outcome that is none of the four or a length that is not positive.
     """
-    check_lengths(outcomes=outcomes, our_lengths=our_lengths, their_lengths=their_lengths)
-    if not all(0 < length < math.inf for length in [*our_lengths, *their_lengths]):
-        raise ValueError("our_lengths and their_lengths must be positive and finite")
+    if not (len(outcomes) == len(our_lengths) == len(their_lengths)
+            and all(0 < length < math.inf for length in [*our_lengths, *their_lengths])):
+        raise ValueError("each of outcomes needs a positive one of our_lengths and their_lengths")
     if math.isnan(win_rate(outcomes).win_rate):  # nothing answered; checks the outcomes as well
         return math.nan
     rows = [(target, 1.0, math.log(ours / theirs)) for target, ours, theirs
@@ -214,8 +207,7 @@ def tokens_around(tokenizer):
             enable_thinking=False)
     before, _, after = text.partition(place)
     if "<think>" in after and "</think>" not in after:
-        raise ValueError("this judge thinks before it answers, and only its first token is read: "
-                         "choose one that answers at once")
+        raise ValueError("this judge thinks before it answers: choose one that answers at once")
     return [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
 
 
@@ -304,6 +296,5 @@ if __name__ == "__main__":
     always_a = judge_pairwise(lambda posts, a, b: ["A"] * 3, ["post"] * 3, ["x"] * 3, ["y"] * 3)
     print(f"A judge that always says A, in both orders: {win_rate(always_a).win_rate}")
     print(f"60 wins, 30 losses, 10 ties: {win_rate([1.0] * 60 + [0.0] * 30 + [0.5] * 10)}")
-    low, high = wilson_interval(60 / 90, 90)
-    print(f"95 % interval of 60 / 90: [{low:.6f}, {high:.6f}]")
+    print(f"95 % interval of 60 / 90: {wilson_interval(60 / 90, 90)}")
     print(f"Best of 16 is at most {best_of_n_kl(16):.6f} nats from its policy")

@@ -17,7 +17,7 @@ from lm import masked_mean, pad, response_log_probs, sample, update, zero_off
 @dataclass
 class PPOConfig:
     ppo_lr: float = HfArg(default=3e-4, help="paper: 1.5e-5 (1.3B), linear to 0 (B.1)")
-    ppo_episodes: int = HfArg(default=1920, help="summaries sampled in all; paper: 1M (B.1)")
+    ppo_episodes: int = HfArg(default=2560, help="summaries sampled in all; paper: 1M (B.1)")
     ppo_batch_size: int = HfArg(default=64, help="summaries per update; paper: 512 (B.1)")
     ppo_epochs: int = HfArg(default=4, help="passes over each batch; paper: 4 (B.1)")
     ppo_minibatches: int = HfArg(default=1, help="steps per pass; paper silent; 2019 code: 1")

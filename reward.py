@@ -23,7 +23,7 @@ from lm import last_token_index, update
 
 @dataclass
 class RewardConfig:
-    reward_lr: float = HfArg(default=1e-3, help="paper: 1.5e-5 (1.3B), cosine (B.1)")
+    reward_lr: float = HfArg(default=6e-4, help="paper: 1.5e-5 (1.3B), cosine (B.1)")
     reward_batch_size: int = HfArg(default=8, help="pairs per step; paper: 64 (B.1)")
     reward_epochs: int = HfArg(default=1, help="paper: 1 (B.1)")
 

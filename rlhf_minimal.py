@@ -11,6 +11,7 @@ import argparse
 import copy
 import json
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +54,8 @@ class RunConfig:
 
 @dataclass
 class ToyConfig:
-    toy_posts: int = HfArg(default=9600, help="posts with references for SFT; paper: 116,722 (3.2)")
-    toy_comparisons: int = HfArg(default=14000, help="posts whose summaries are compared; paper: 64,832")
+    toy_posts: int = HfArg(default=12800, help="posts with references for SFT; paper: 116,722 (3.2)")
+    toy_comparisons: int = HfArg(default=24000, help="posts whose summaries are compared; paper: 64,832")
     toy_held_out: int = HfArg(default=500, help="posts to judge on; paper: 6,447 (3.2)")
     toy_width: int = HfArg(default=64, help="d_model; paper: 2048 (1.3B, Table 3)")
     toy_layers: int = HfArg(default=2, help="paper: 24 (1.3B, Table 3)")
@@ -261,6 +262,7 @@ def stage_reward(run, settings, model, tokenizer, compared, compared_held_out, p
         better = torch.tensor([row["gap"] for row in rows])
         decided = better != 0
         agree = (chosen > rejected) == (better > 0)
+        results["label_agreement"] = (better[decided] > 0).float().mean().item()
         results["reward_accuracy_true_taste"] = agree[decided].float().mean().item()
         results["reward_accuracy_ceiling"] = toy.label_ceiling(rows)
     reward_model.save_pretrained(run.folder / "reward_model")
@@ -430,6 +432,10 @@ def win_rate_table(results):
                    f"{r['mean_length']:.1f} / {r['mean_length_other']:.1f}")
 
 
+def one_line(text, width=300):
+    return textwrap.shorten(text, width, placeholder=" ...")
+
+
 def report(run, results, samples):
     """Print the end of the run, and write report.md with the curves."""
     judge = results["ppo_vs_sft"]["judge"]
@@ -437,9 +443,9 @@ def report(run, results, samples):
     table = [header, *win_rate_table(results)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     for sample in samples[:3]:
-        print(f"\n{sample['post']['title']}\n  {' '.join(sample['post']['post'].split())[:300]}")
+        print(f"\n{sample['post']['title']}\n{one_line(sample['post']['post'])}")
         for name in ("reference", "sft", "ppo"):
-            print(f"  {name:>9}: {sample[name]}")
+            print(f"  {name:>9}: {one_line(sample[name])}")
     print(f"\nWin rates, judged by: {judge}")
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

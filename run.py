@@ -44,7 +44,7 @@ class Run:
     def steps(self, stage, total):
         """Yield 0 .. total-1 under a progress bar; the time they take goes to seconds[stage]."""
         start = time.perf_counter()
-        with tqdm(range(total), desc=stage, file=sys.stdout, mininterval=1.0, leave=False) as bar:
+        with tqdm(range(total), desc=stage, disable=None, mininterval=0.5, leave=False) as bar:
             self.bar = bar
             yield from bar
         self.seconds[stage] = time.perf_counter() - start

@@ -35,9 +35,9 @@ ASIDES = ("It was late.", "It was raining.", "Nobody knows.", "We live together.
           "Rent is due.", "I work nights.", "Dinner was cold.", "Nothing else happened.")
 SUBREDDITS = ("relationships", "legaladvice")
 
-WRONG = 0.06  # a reference has each fact wrong with this chance
+WRONG = 0.04  # a reference has each fact wrong with this chance
 TERSE = 0.5  # and tells nothing but the event with this one: hence SFT does not beat references
-NOISE = 2.4  # temperature of the labels, in units of taste: about 77 % agree with it, as in 3.3
+NOISE = 2.6  # temperature of the labels, in units of taste: about 77 % agree with it, as in 3.3
 
 # ---------------------------------------------------------------------------- posts and writers
 

@@ -626,7 +626,18 @@ def test_response_log_probs_are_a_slice_of_all_log_probs(architecture):
         logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
         expected = lm.get_log_probs(logits, ids, .7)[:, query_width - 1:]
         actual = lm.response_log_probs(model, ids, mask, width, .7)
-    close(actual, expected, "token t of the response is predicted at Q + t - 1", 1e-5)
+    real = mask[:, query_width:].bool()
+    close(actual[real], expected[real], "token t of the response is predicted at Q + t - 1", 1e-5)
+
+
+@every_architecture
+@torch.no_grad()
+def test_response_log_probs_do_not_see_padding_in_the_middle(architecture):
+    # transformers guesses a missing attention mask from the position ids, but not in this case
+    model = tiny_language_model(architecture)
+    ids, mask = torch.tensor([[5, 6, 0, 0, 7, 18, 2]]), torch.tensor([[1, 1, 0, 0, 1, 1, 1]])
+    expected = lm.response_log_probs(model, ids[mask.bool()][None], torch.ones(1, 5).long(), 2)
+    close(lm.response_log_probs(model, ids, mask, 2), expected, "attention mask not passed?", 1e-5)
 
 
 def test_response_log_probs_carry_the_gradient():
@@ -652,8 +663,13 @@ def test_cosine_schedule():
           "half a cosine wave, from 1 to 0")
 
 
-def test_set_lr_reaches_every_group():
-    groups = [{"params": [torch.zeros(1, requires_grad=True)], "lr": lr} for lr in (1., 2.)]
-    optimizer = torch.optim.Adam(groups)
-    lm.set_lr(optimizer, .5)
-    assert [group["lr"] for group in optimizer.param_groups] == [.5, .5]
+def test_update_reaches_every_group_and_clips_their_common_norm():
+    # loss 3 a + 4 b: the gradient (3, 4) has norm 5; clipped to 1 it is (.6, .8); a step of .5
+    a, b = t([1.]).requires_grad_(), t([1.]).requires_grad_()
+    optimizer = torch.optim.SGD([{"params": [a], "lr": 7.}, {"params": [b], "lr": 9.}])
+    for _ in range(2):  # twice the same step: old gradients are cleared
+        norm = lm.update(optimizer, (3 * a + 4 * b).sum(), .5, 1.)
+        assert norm == pytest.approx(5.), "the norm before clipping, over all groups together"
+    close(torch.cat([a, b]), [1 - 2 * .3, 1 - 2 * .4], "lr .5 in every group, gradient norm 1")
+    lm.update(optimizer, (3 * a + 4 * b).sum(), .1)
+    close(torch.cat([a, b]), [.4 - .3, .2 - .4], "without max_grad_norm nothing is clipped")

@@ -278,6 +278,16 @@ def test_scores_and_values_do_not_see_the_padding(architecture, left, right, pad
 
 @every_architecture
 @torch.no_grad()
+def test_scores_do_not_see_padding_in_the_middle(architecture):
+    # transformers guesses a missing attention mask from the position ids, but not in this case
+    model = reward_model(architecture)
+    ids, mask = torch.tensor([[5, 6, 0, 0, 18, 19, 2]]), torch.tensor([[1, 1, 0, 0, 1, 1, 1]])
+    expected = model.score(ids[mask.bool()][None], torch.ones(1, 5).long())
+    close(model.score(ids, mask), expected, "attention mask not passed on to the trunk?", 1e-5)
+
+
+@every_architecture
+@torch.no_grad()
 def test_a_value_is_that_of_the_state_before_its_token(architecture):
     model = reward_model(architecture)
     ids, mask, query_width, width = padded(QUERIES, RESPONSES, 1)

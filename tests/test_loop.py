@@ -1,0 +1,370 @@
+"""The training loops: what they change, what they must not, and what a run leaves behind."""
+
+import copy
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, Qwen2Config
+
+import lm
+import ppo
+import reward
+import rlhf_minimal
+import toy
+from run import Run
+
+torch.set_num_threads(1)
+TOKENIZER = SimpleNamespace(eos_token_id=9, pad_token_id=0)
+QUERIES = [[3, 4, 5], [6, 7], [5], [8, 3, 3, 4]] * 4
+
+
+class Vocabulary(SimpleNamespace):
+    def __len__(self):
+        return 12
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return toy.make_model(Vocabulary(eos_token_id=9, pad_token_id=0), 16, 2, 2)
+
+
+def config(**changes):
+    fields = {**vars(ppo.PPOConfig()), "ppo_episodes": 32, "ppo_batch_size": 16,
+              "response_length": 6, "ppo_lr": 1e-2}
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def weights(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def same(before, module):
+    return all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_ppo_trains_policy_and_critic_and_nothing_else(model, tmp_path):
+    reward_model = reward.RewardModel(model)
+    reward_model.reference_mean.fill_(0.7)
+    sft, before = weights(model), weights(reward_model)
+    critic = ppo.train_ppo(Run(tmp_path / "run", 0), model, reward_model, QUERIES, TOKENIZER,
+                           config())
+    assert not same(sft, model), "the policy never changed: is its optimiser on its own weights?"
+    assert not same(before, critic), "the critic never changed"
+    assert same(before, reward_model), "training changed the reward model"
+    pointers = [{p.data_ptr() for p in m.parameters()} for m in (model, reward_model, critic)]
+    assert not (pointers[0] & pointers[1] or pointers[0] & pointers[2] or pointers[1] & pointers[2])
+
+
+def test_critic_starts_as_the_whole_reward_model(model, tmp_path):
+    reward_model = reward.RewardModel(model)
+    reward_model.reference_mean.fill_(0.7)
+    reward_model.head.bias.data.fill_(0.3)
+    critic = ppo.train_ppo(Run(tmp_path / "run", 0), model, reward_model, QUERIES, TOKENIZER,
+                           config(ppo_lr=0.0))
+    ids, mask, _ = lm.join(QUERIES[:3], [[1, 9], [2, 2, 9], [9]], 0)
+    real = mask.bool()
+    assert torch.equal(critic(ids, mask)[real], reward_model(ids, mask)[real])
+
+
+def test_policy_step_leaves_critic_without_gradient_and_the_reverse(model):
+    critic = reward.RewardModel(model)
+    ids, mask, width = lm.join(QUERIES[:3], [[1, 9], [2, 2, 9], [9]], 0)
+    log_probs = lm.response_log_probs(model, ids, mask, 3)
+    response_mask = mask[:, width:]
+    loss, _ = ppo.policy_loss(log_probs, log_probs.detach() - 0.1, torch.ones(3, 3), response_mask)
+    loss.backward()
+    assert all(p.grad is None for p in critic.parameters())
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+    model.zero_grad(set_to_none=True)
+    values = ppo.response_values(critic, ids, mask, 3)
+    ppo.value_loss(values, values.detach(), values.detach() + 1, response_mask)[0].backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert critic.head.weight.grad.any()
+
+
+def test_learning_rate_of_update_u_is_linear(model, tmp_path):
+    run = Run(tmp_path / "run", 0)
+    ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES, TOKENIZER,
+                  config(ppo_episodes=64, ppo_lr=1.5e-5))
+    # U = 4: checklist item 45
+    assert [row["lr"] for row in run.history("ppo")] == pytest.approx(
+        [1.5e-5, 1.125e-5, 7.5e-6, 3.75e-6])
+
+
+def test_ppo_raises_the_probability_of_what_is_rewarded(model, tmp_path):
+    class LikesSevens(reward.RewardModel):  # score = number of 7s; still a critic by its forward
+        def score(self, input_ids, attention_mask):
+            return (input_ids == 7).sum(1).float()
+
+    run = Run(tmp_path / "run", 0)
+    ppo.train_ppo(run, model, LikesSevens(model), [[3, 4], [5]], TOKENIZER,
+                  config(ppo_episodes=640, ppo_batch_size=32, ppo_lr=5e-3, kl_beta=0.01))
+    rewards = [row["reward"] for row in run.history("ppo")]
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 1, rewards
+
+
+def test_first_update_check_names_the_trouble():
+    log_probs, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, False]])
+    batch = {"log_probs": log_probs, "ref_log_probs": log_probs, "mask": mask}
+    ppo.check_first_update(log_probs + torch.tensor([[0, 5.0]]), batch)  # off the mask: fine
+    for name in ("log_probs", "ref_log_probs"):
+        with pytest.raises(RuntimeError, match="dropout"):
+            ppo.check_first_update(log_probs, {**batch, name: log_probs + 0.01})
+    with pytest.raises(RuntimeError, match="ratio"):
+        ppo.check_first_update(log_probs * math.nan, batch)
+
+
+def test_rollout_pays_the_minus_one_only_where_no_eos_was_drawn(model):
+    reward_model = reward.RewardModel(model)
+    batch = ppo.rollout(model, copy.deepcopy(model), reward_model, reward_model, QUERIES, TOKENIZER,
+                        config(), lm.generator_for(0))
+    ended = batch["ended"]
+    assert ended.any() and not ended.all(), "the case is not tested: choose another seed"
+    assert (batch["scores"][~ended] == -1).all() and (batch["scores"][ended] != -1).all()
+    assert torch.allclose(batch["kl"], torch.zeros(len(QUERIES)), atol=1e-5)
+    # a row of returns begins with score - beta * KL minus what GAE's critic terms telescope to:
+    # lambda = 1 makes it exact, so recompute with it
+    scores = ppo.kl_penalized_rewards(batch["scores"], batch["log_probs"], batch["ref_log_probs"],
+                                      batch["mask"], 0.05)
+    _, returns = ppo.compute_gae(scores, batch["values"], batch["mask"], lam=1.0)
+    assert torch.allclose(returns[:, 0], batch["scores"], atol=1e-4)
+
+
+def test_minibatches_and_several_responses_of_a_post(model, tmp_path):
+    run = Run(tmp_path / "run", 0)
+    ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES, TOKENIZER,
+                  config(ppo_minibatches=3, return_sequences=4))
+    assert len(run.history("ppo")) == 2
+
+
+def test_sft_learns_the_response_and_ignores_the_query(model, tmp_path):
+    torch.manual_seed(1)
+    sft = SimpleNamespace(sft_lr=1e-2, sft_batch_size=8, sft_epochs=30)
+    lm.train_sft(Run(tmp_path / "run", 0), model, QUERIES, [[7, 2, 9]] * 16, 0, sft)
+    ids, mask, width = lm.join(QUERIES, [[7, 2, 9]] * 16, 0)
+    likely = lm.response_log_probs(model, ids, mask, 3).exp()
+    assert likely.min() > 0.8, "response and EOS are to be learned"
+    query = lm.response_log_probs(model, ids[:, :width], mask[:, :width], 2).exp()
+    assert query[3].max() < 0.5, "query tokens are not in the loss"  # row 3 has no padding
+
+
+def test_sft_loss_is_the_mean_over_response_tokens(model, tmp_path):
+    run = Run(tmp_path / "run", 0)
+    ids, mask, width = lm.join(QUERIES[:2], [[7, 2, 9], [9]], 0)
+    logits = model(input_ids=ids, attention_mask=mask,
+                   position_ids=lm.get_position_ids(mask)).logits.double().log_softmax(-1)
+    by_hand = [logits[0, width - 1 + t, y].item() for t, y in enumerate((7, 2, 9))]
+    by_hand.append(logits[1, width - 1, 9].item())  # four tokens in all, EOS counted
+    lm.train_sft(run, model, QUERIES[:2], [[7, 2, 9], [9]], 0,
+                 SimpleNamespace(sft_lr=0.0, sft_batch_size=2, sft_epochs=1))
+    assert run.history("sft")[0]["loss"] == pytest.approx(-sum(by_hand) / 4, abs=1e-4)
+
+
+def test_reward_model_learns_and_is_normalised(model, tmp_path):
+    torch.manual_seed(2)
+    reward_model = reward.RewardModel(model)
+    pairs = [(query, [1, 7, 9], [1, 2, 9]) for query in QUERIES] * 8  # a 7 is better than a 2
+    run = Run(tmp_path / "run", 0)
+    reward.train_reward(run, reward_model, pairs, 0, SimpleNamespace(
+        reward_lr=3e-3, reward_batch_size=8, reward_epochs=1))
+    history = run.history("reward")
+    assert len(history) == 16 and history[-1]["accuracy"] == 1.0
+    gap = reward.score_summaries(reward_model, QUERIES, [[1, 7, 9]] * 16, 0) - \
+        reward.score_summaries(reward_model, QUERIES, [[1, 2, 9]] * 16, 0)
+    assert (gap > 0).all(), "the preferred summary must score higher"
+    references = [[7, 9], [2, 9], [3, 4, 9], [9]] * 4
+    reward.normalize(reward_model, QUERIES, references, 0)
+    scores = reward.score_summaries(reward_model, QUERIES, references, 0)
+    assert scores.mean().abs() < 1e-5 and scores.std() > 1e-3
+    reward.normalize(reward_model, QUERIES, references, 0)  # twice is once
+    assert torch.allclose(scores, reward.score_summaries(reward_model, QUERIES, references, 0),
+                          atol=1e-5)
+    reward_model.save_pretrained(tmp_path / "rm")
+    scores = reward.score_summaries(reward_model, QUERIES, references, 0)
+    again = reward.RewardModel.from_pretrained(tmp_path / "rm")
+    assert torch.equal(scores, reward.score_summaries(again, QUERIES, references, 0))
+
+
+def test_length_and_post_blind_baselines():
+    # longer chosen, shorter chosen, equal: (1 + 0 + 1/2) / 3
+    pairs = [([1], [2, 3, 9], [2, 9]), ([1], [9], [2, 9]), ([1], [4, 9], [2, 9])]
+    assert reward.length_accuracy(pairs) == pytest.approx(0.5)
+    seven_wins = [([1], [7, 9], [2, 9]), ([4], [3, 7, 9], [3, 5, 9])] * 20
+    assert reward.post_blind_accuracy(seven_wins, seven_wins[:2], 12) == 1.0
+    post_decides = [([1], [7, 9], [2, 9]), ([4], [2, 9], [7, 9])] * 20  # form says nothing
+    assert reward.post_blind_accuracy(post_decides, post_decides, 12) <= 0.5
+
+
+def test_best_of_n_takes_the_best_by_score():
+    texts = iter(["a", "bbb", "bb", "c", "cccc", "cc"])
+    best = rlhf_minimal.best_of_n(lambda model, posts, *rest: [next(texts) for _ in posts],
+                                  lambda posts, samples: [len(s) for s in samples],
+                                  SimpleNamespace(device="cpu"), ["p", "q"], 3, 0)
+    assert best == ["bbb", "cccc"]
+
+
+ARCHITECTURES = {
+    "gpt2": GPT2Config(vocab_size=12, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "gptj": GPTJConfig(vocab_size=12, n_embd=16, n_layer=2, n_head=2, n_positions=64, rotary_dim=4),
+    "gpt_neox": GPTNeoXConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2,
+                              num_attention_heads=2, intermediate_size=32),
+    "llama": LlamaConfig(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                         intermediate_size=32),
+    "qwen2": Qwen2Config(vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, intermediate_size=32),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("pad_token_id", [0, 9])  # 9 is EOS
+def test_ppo_on_every_architecture_also_with_pad_equal_eos(name, pad_token_id, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval()
+    before = weights(model)
+    run = Run(tmp_path / "run", 0)
+    ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES,
+                  SimpleNamespace(eos_token_id=9, pad_token_id=pad_token_id), config())
+    assert not same(before, model)
+    assert abs(run.history("ppo")[0]["kl_per_summary"]) < 1e-4
+
+
+# ---------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("one", "two"):
+        rlhf_minimal.main(["--fast_dev_run", "--seed", "4", "--output_dir", str(folder / name)])
+    return folder / "one", folder / "two"
+
+
+def timeless(value):
+    """Without what may differ between two runs of one seed."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items()
+                if not k.endswith(("seconds", "per_second", "bytes"))}
+    return value
+
+
+def test_a_run_leaves_every_file(finished):
+    folder = finished[0]
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.md"):
+        assert (folder / name).stat().st_size > 0
+    for name in ("sft", "reward_model", "policy", "critic"):
+        assert (folder / name / "model.safetensors").exists()
+        assert (folder / name / "tokenizer.json").exists()
+    results = json.loads((folder / "results.json").read_text())
+    for key in ("preset", "seed", "reward_accuracy", "reward_accuracy_longest_wins",
+                "sft_vs_reference", "ppo_vs_reference", "ppo_vs_sft", "kl_per_summary",
+                "reward_sft", "reward_ppo", "mean_length_sft", "mean_length_ppo", "seconds",
+                "peak_memory_bytes", "reward_accuracy_true_taste", "reward_accuracy_post_blind",
+                "ideal_vs_reference", "fact_accuracy"):
+        assert key in results, key
+    for key in ("sft_vs_reference", "ppo_vs_reference", "ppo_vs_sft"):
+        assert results[key]["judge"] == "labeler"
+        assert results[key]["low"] <= results[key]["win_rate"] <= results[key]["high"]
+        assert results[key]["n"] == 16
+    assert results["ideal_vs_reference"]["win_rate"] == 1.0
+    stages = {json.loads(line)["stage"] for line in open(folder / "metrics.jsonl")}
+    assert stages == {"sft", "reward", "ppo", "judge"}
+    assert "total" in results["seconds"]
+
+
+def test_one_seed_gives_one_run(finished):
+    one, two = finished
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (one / name).read_text() == (two / name).read_text()
+    results = [json.loads((folder / "results.json").read_text()) for folder in finished]
+    assert timeless(results[0]) == timeless(results[1])
+    for name in ("sft", "reward_model", "policy", "critic"):
+        assert (one / name / "model.safetensors").read_bytes() == (
+            two / name / "model.safetensors").read_bytes()
+
+
+def test_saved_models_load_and_the_policy_is_not_the_sft_model(finished):
+    folder = finished[0]
+    models = [AutoModelForCausalLM.from_pretrained(folder / name) for name in ("sft", "policy")]
+    assert not same(weights(models[0]), models[1])
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    reward_model = reward.RewardModel.from_pretrained(folder / "reward_model")
+    assert reward_model.reference_mean != 0 and not reward_model.training
+
+
+def test_summarize_prints_both_models_and_their_rewards(finished, tmp_path, capsys):
+    (tmp_path / "post.txt").write_text("My boss sold my car. I feel angry. Should I sue?")
+    rlhf_minimal.main(["--summarize", str(tmp_path / "post.txt"), "--output_dir", str(finished[0])])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["sft", "policy"]
+    assert all("reward" in line for line in lines)
+
+
+def real_rows(folder, n=24):
+    """Comparisons and posts of the real schema, composed here."""
+    pets = ["dog", "cat", "horse", "parrot", "goat", "rabbit"]
+    comparisons, posts = [], []
+    for i in range(n):
+        pet = pets[i % 6]
+        text = (f"  So on day {i} my {pet} ate {i} cookies.\n\nI called the vet, who laughed at me. "
+                f"The {pet} is fine, \"but\" I'm <b>angry</b>.\n{'It snored. ' * (i % 5)}")
+        info = {"id": f"t3_{i}", "post": text, "title": f"My {pet} ate {i} cookies",
+                "subreddit": "pets", "site": None, "article": None}
+        summaries = [{"text": f" my {pet} ate cookies, vet laughed.", "policy": "sup1", "note": None},
+                     {"text": f" {pet} ate {i} cookies and is fine.", "policy": "ref", "note": None}]
+        comparisons.append({"info": info, "summaries": summaries, "choice": i % 2, "worker": "w",
+                            "batch": "b", "split": "train", "extra": {"confidence": 5}})
+        posts.append({"id": f"p{i}", "subreddit": "pets", "title": f"{pet} number {i}",
+                      "post": text.replace("day", "evening"), "summary": f" {pet} had cookies."})
+    for name, rows in (("comparisons.jsonl", comparisons), ("posts.jsonl", posts)):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--comparisons", str(folder / "comparisons.jsonl"), "--posts",
+            str(folder / "posts.jsonl"), "--fast_dev_run", "--output_dir", str(folder / "run")]
+
+
+@pytest.mark.parametrize("judge", ["longest", "reward_model"])
+def test_rows_of_the_real_schema_go_through(judge, tmp_path, capsys):
+    rlhf_minimal.main([*real_rows(tmp_path), "--judge", judge])
+    out = capsys.readouterr().out
+    assert f"judged by: {judge}" in out and "can't write good summaries" in out
+    assert "pick-the-longer" in out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["ppo_vs_sft"]["judge"] == judge
+    assert "reward_accuracy_true_taste" not in results
+    assert "<b>" not in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--kl_betta", "1"], "--kl_betta"),
+    (["--kl_beta", "much"], "kl_beta"),
+    (["--preset", "huge"], "expected one of tiny, full"),
+    (["--ppo_batch_size", "0"], "expected more than 0"),
+    (["--ppo_batch_size", "10", "--return_sequences", "4"], "divisor"),
+    (["--comparisons", "x.jsonl"], "belong together"),
+    (["--comparisons", "x.jsonl", "--posts", "y.jsonl"], "--judge"),
+    (["--comparisons", "x.jsonl", "--posts", "y.jsonl", "--judge", "longest"], "y.jsonl"),
+    (["--sft_model", "./nowhere"], "./nowhere"),
+    (["--summarize", "post.txt"], "--output_dir"),
+    (["--output_dir", "pyproject.toml", "--fast_dev_run"], "expected a folder, found a file"),
+    (["--output_dir", "tests", "--fast_dev_run", "--restart"], "holds other files"),
+    (["--output_dir", "/proc/none", "--fast_dev_run"], "cannot write there"),
+])
+def test_bad_settings_end_in_one_line(arguments, message, monkeypatch):
+    monkeypatch.chdir(rlhf_minimal.Path(rlhf_minimal.__file__).parent)
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main(arguments)
+    assert message in str(stop.value.code) and "\n" not in str(stop.value.code)
+
+
+def test_a_folder_with_a_run_is_refused_and_restart_replaces_it(tmp_path):
+    folder = tmp_path / "run"
+    (Run(folder, 0)).write("config.json", {})
+    with pytest.raises(ValueError, match="--restart"):
+        Run(folder, 0)
+    Run(folder, 0, restart=True)
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]

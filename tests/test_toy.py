@@ -1,0 +1,132 @@
+"""The tiny world: the labeler's taste is what the docstring says, and the world is honest."""
+
+import math
+import random
+
+import pytest
+import torch
+
+import toy
+
+POSTS = toy.make_posts(60, seed=3)
+POST = {  # written out, so that qualities can be worked by hand
+    "subreddit": "legaladvice", "title": "My boss sold my car, should I sue?",
+    "post": "It was late. I feel angry. My boss sold my car. Should I sue? Why do I feel angry? "
+            "Rent is due.",
+    "facts": {"who": "boss", "did": "sold", "what": "car", "feels": "angry", "asks": "sue"},
+    "asides": ["It was late.", "Rent is due."],
+}
+
+
+@pytest.mark.parametrize("summary, quality", [
+    ("My boss sold my car. I feel angry. Should I sue?", 5.0),  # five facts, 11 words
+    ("My boss sold my car.", 3.0),
+    ("My boss broke my car.", 0.0),  # two right, one wrong: 2 - 2
+    ("I feel hurt.", -2.0),
+    ("My boss sold my car. My boss sold my car.", 2.5),  # said twice: 3 - 1/2
+    ("I feel angry. My boss sold my car.", 3.5),  # 1 + 3, out of order - 1/2
+    ("My boss sold my car. Rent is due.", 2.5),  # an aside of the post - 1/2
+    ("My boss sold my car. It was raining.", 2.0),  # an aside of another post - 1
+    ("My boss car sold my.", -0.75),  # no sentence
+    ("My boss sold my car. I feel angry. Should I sue? Rent is due.", 4.35),  # 3 words over: -.15
+    ("", 0.0),
+])
+def test_taste_by_hand(summary, quality):
+    assert toy.true_quality(POST, summary) == pytest.approx(quality)
+
+
+def test_ideal_is_above_the_reference_and_every_corruption():
+    for i, post in enumerate(POSTS):
+        ideal = toy.ideal_summary(post)
+        words, clauses = ideal.split(), [part + end for part, end in zip(
+            ideal.replace("?", ".").split(".")[:3], "..?")]
+        rng = random.Random(i)
+        name = rng.choice(list(toy.FACTS))
+        swapped = rng.choice([v for v in toy.FACTS[name] if v != post["facts"][name]])
+        shuffled = rng.sample(words, len(words))
+        corruptions = [
+            post["summary"], toy.reference_summary(post, 99), ideal + " " + ideal, post["post"], "",
+            ideal.replace(post["facts"][name], swapped),
+            " ".join(shuffled) if shuffled != words else "x",
+            " ".join(c.strip() for c in clauses[::-1]),
+            toy.ideal_summary(POSTS[i - 1]),
+            *(" ".join(words[:k] + words[k + 1:]) for k in range(len(words))),  # a word dropped
+            *(ideal.replace(clause, "", 1) for clause in clauses),  # a clause dropped
+            *(ideal + clause for clause in clauses),  # a clause said twice
+            ideal + " " + rng.choice(toy.ASIDES), ideal.upper()[::-1], "?!.", "\n", "a" * 10_000,
+        ]
+        best = toy.true_quality(post, ideal)
+        assert best == 5.0
+        for text in corruptions:
+            quality = toy.true_quality(post, text)
+            assert math.isfinite(quality) and quality < best, text
+
+
+def test_same_seed_same_world_and_global_random_state_untouched():
+    state, torch_state = random.getstate(), torch.get_rng_state()
+    assert toy.make_posts(20, 5) == toy.make_posts(20, 5) != toy.make_posts(20, 6)
+    assert toy.reference_summary(POST, 1) == toy.reference_summary(POST, 1)
+    assert {toy.reference_summary(POST, seed) for seed in range(30)} != {POST["post"]}
+    comparisons = [toy.make_comparisons(POSTS, ["x"] * 10, ["y"] * 5, "s") for _ in range(2)]
+    assert comparisons[0] == comparisons[1]
+    assert random.getstate() == state and torch.equal(torch.get_rng_state(), torch_state)
+
+
+def test_posts_are_different_and_hold_their_facts_among_asides():
+    assert len({post["post"] for post in POSTS}) == len(POSTS)
+    for post in POSTS:
+        text = post["title"] + " " + post["post"]
+        assert all(fact in text for fact in post["facts"].values())
+        assert all(aside in post["post"] for aside in post["asides"])
+        assert set(post) >= {"subreddit", "title", "post", "summary"}
+
+
+def test_references_are_imperfect_in_the_ways_announced():
+    posts = toy.make_posts(1500, seed=8)
+    wrong = terse = 0
+    for post in posts:
+        assert post["summary"] != toy.ideal_summary(post)
+        terse += post["summary"].count(".") == 1 and "?" not in post["summary"]
+        first = post["summary"].split(".")[0].split()  # My who did my what
+        wrong += first[1] != post["facts"]["who"]
+    # chances 0.50 (and 0.45 * 0.25^2 * 0.65 more that are terse by forgetting) and 0.04; 4 s.e.
+    assert terse / 1500 == pytest.approx(0.52, abs=0.06)
+    assert wrong / 1500 == pytest.approx(0.04, abs=0.021)
+
+
+def test_labels_follow_bradley_terry():
+    # gap = 3 - 0 = 3: P = sigmoid(3 / NOISE)
+    rng = random.Random(0)
+    chosen = sum(toy.compare(POST, "My boss sold my car.", "My boss broke my car.", "ab", rng)
+                 ["chosen"] == "My boss sold my car." for _ in range(4000)) / 4000
+    assert chosen == pytest.approx(1 / (1 + math.exp(-3 / toy.NOISE)), abs=0.03)
+    row = toy.compare(POST, "I feel hurt.", "My boss sold my car.", ("p", "q"), rng)
+    assert dict(zip(("chosen", "rejected"), row["policies"]))["chosen"] == (
+        "p" if row["chosen"] == "I feel hurt." else "q"), "policies must follow the summaries"
+    assert row["gap"] == (-5 if row["chosen"] == "I feel hurt." else 5)
+
+
+def test_confused_pair_differs_in_facts_only():
+    rng = random.Random(4)
+    for post in POSTS:
+        summary, confusion = toy.confused_pair(post, rng)
+        assert summary != confusion and len(summary.split()) == len(confusion.split())
+        assert [c for c, _ in toy.read_summary(summary)] == [
+            c for c, _ in toy.read_summary(confusion)]
+
+
+def test_fact_accuracy_counts_stated_facts():
+    accuracy = toy.fact_accuracy([POST, POST], ["My boss sold my car. I feel hurt.",
+                                                "My boss broke my car. Nonsense."])
+    assert accuracy == {"who": 1.0, "did": 0.5, "what": 1.0, "feels": 0.0, "asks": 0.0}
+
+
+def test_tokenizer_gives_every_text_back_and_reloads(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = toy.make_tokenizer([f" {post['post']}" for post in POSTS])
+    tokenizer.save_pretrained(tmp_path)
+    for some in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        for text in (POST["post"], "naïve 💔 \t\n\n TL;DR: <x>"):
+            assert some.decode(some(text, add_special_tokens=False)["input_ids"]) == text
+        assert some.eos_token_id != some.pad_token_id
