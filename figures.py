@@ -1,6 +1,11 @@
-"""Drawing. `draw_run` makes the curves of a run's report; without matplotlib it draws nothing."""
+"""What a person looks at: the end of a run, its report.md and its pictures.
+
+Without matplotlib (the plots extra) the report has everything but the pictures, and says so.
+"""
 
 import json
+import re
+import textwrap
 
 # One colour for one thing in every picture; Okabe-Ito, which colour-blind readers can tell apart
 COLORS = {"reward": "#0072B2", "kl": "#D55E00", "truth": "#009E73", "reference": "#E69F00",
@@ -82,3 +87,63 @@ def curve(axis, rows, key, title, xlabel, color, smooth=1):
     axis.plot(x, y, color=color, marker="o" if len(x) < 40 else None, markersize=3)
     axis.set(title=title, xlabel=xlabel)
     axis.grid(alpha=0.3)
+
+
+COMPARED = (("sft_vs_reference", "SFT against reference"),
+            ("ppo_vs_reference", "PPO against reference"), ("ppo_vs_sft", "PPO against SFT"),
+            ("best_of_n_vs_reference", "best-of-n against reference"),
+            ("ideal_vs_reference", "the ideal against reference"))
+
+
+def win_rate_table(results):
+    """Rows (name, win rate, interval, n, words of both) of the comparisons that were judged."""
+    for key, name in COMPARED:
+        if key in results:
+            r = results[key]
+            yield (name, f"{r['win_rate']:.3f}", f"{r['low']:.3f} - {r['high']:.3f}", str(r["n"]),
+                   f"{r['mean_length']:.1f} / {r['mean_length_other']:.1f}")
+
+
+def one_line(text, width=300):
+    return textwrap.shorten(text, width, placeholder=" ...")
+
+
+def report(run, results, samples):
+    """Print the end of the run, and write report.md with the curves."""
+    judge = results["ppo_vs_sft"]["judge"]
+    header = ("", "win rate", "95 % interval", "posts", "words ours / theirs")
+    table = [header, *win_rate_table(results)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    for sample in samples[:3]:
+        print(f"\n{sample['post']['title']}\n{one_line(sample['post']['post'])}")
+        for name in ("reference", "sft", "ppo"):
+            print(f"  {name:>9}: {one_line(sample[name])}")
+    print(f"\nWin rates, judged by: {judge}")
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    total = results["seconds"]["total"]
+    print(f"\nKL {results['kl_per_summary']:.2f} nats per summary; reward of greedy summaries "
+          f"{results['reward_sft']:.2f} -> {results['reward_ppo']:.2f}; {total:.0f} s; "
+          f"see {run.folder / 'report.md'}")
+
+    def cell(text):  # markup in a post stays text
+        text = " ".join(text.split())[:2000]
+        return re.sub(r"[\\`*_{}\[\]<>#|!~&]", lambda match: f"&#{ord(match[0])};", text)
+
+    lines = [f"# Run {run.folder.name}, seed {results['seed']}", "",
+             f"Win rates, judged by **{judge}** on held-out posts; 95 % Wilson intervals.", "",
+             "| " + " | ".join(header) + " |", "|---" * len(header) + "|",
+             *("| " + " | ".join(row) + " |" for row in table[1:]), "",
+             "| measure | value |", "|---|---|",
+             *(f"| {key} | {value:.4g} |" for key, value in results.items()
+               if isinstance(value, float)), ""]
+    pictures = draw_run(run.folder, results)
+    lines += [f"![{name}]({name})\n" for name in pictures] or [
+        "No pictures: matplotlib is not installed (`pip install -e \".[plots]\"`).\n"]
+    if not pictures:
+        print("no pictures in the report: matplotlib is not installed (the plots extra)")
+    lines += ["## Samples", "", "| post | reference | SFT | PPO |", "|---|---|---|---|",
+              *("| " + " | ".join(cell(text) for text in (
+                  s["post"]["title"], s["reference"], s["sft"], s["ppo"])) + " |"
+                for s in samples[:20]), ""]
+    run.write("report.md", "\n".join(lines))

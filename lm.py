@@ -97,7 +97,7 @@ def get_response_mask(responses, eos_token_id):
 
 
 def get_log_probs(logits, labels, temperature=1.0):
-    """log softmax(logits / temperature)[labels], shifted: logits (B, L, V), labels (B, L) -> (B, L-1).
+    """log softmax(logits / T)[labels], shifted: logits (B, L, V), labels (B, L) -> (B, L-1).
 
     Column p holds the log-prob (nats) of token p+1 given tokens 0..p. The temperature is the one
     the rollouts are sampled at, so that these are the log-probs of the policy that acted.
@@ -106,7 +106,8 @@ def get_log_probs(logits, labels, temperature=1.0):
     check_shapes(**{"logits[..., 0]": logits[..., 0], "labels": labels})
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # bf16 is too coarse
+    # float32 at least: bfloat16 has three digits, too coarse for a ratio
+    logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     log_probs = F.log_softmax(logits / temperature, dim=-1)  # (B, L-1, V)
     return log_probs.gather(-1, labels[:, 1:].unsqueeze(-1)).squeeze(-1)
 
@@ -136,8 +137,8 @@ def generator_for(seed, *names, device="cpu"):
 
 
 def next_token(logits, temperature, top_p, generator):
-    """logits (B, V) -> token ids (B,). Temperature 0 is greedy; top_p keeps the smallest set of most
-    likely tokens whose probability reaches top_p, the token that crosses it included."""
+    """logits (B, V) -> token ids (B,). Temperature 0 is greedy; top_p keeps the fewest most likely
+    tokens whose probability reaches top_p, the token that crosses it included."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() / temperature, dim=-1)

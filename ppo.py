@@ -93,7 +93,7 @@ def compute_gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def whiten(x, mask):
-    """(x - mean) / sqrt(variance + 1e-8) over the masked entries of the whole batch; zero elsewhere.
+    """(x - mean) / sqrt(variance + 1e-8) over the masked entries of the whole batch, else zero.
 
     Paper silent; the 2019 code and N+ (detail 25) whiten advantages so, with the population
     variance. 1e-8 keeps a constant input finite. x, mask: (B, T) -> (B, T).
@@ -181,20 +181,19 @@ def rollout(policy, reference, reward_model, critic, queries, tokenizer, config,
             "ended": ended}
 
 
-def check_first_update(log_probs, batch):
+def check_first_update(log_probs, batch, tolerance=1e-4):
     """Before the first update the policy is both the sampler and the SFT model: ratio 1, KL 0.
 
     Raises RuntimeError otherwise: then padding, positions, dropout or precision differ between two
     forward passes of one model, and every later ratio would be wrong by as much.
     """
-    tolerance = 1e-4 if log_probs.dtype == torch.float32 else 5e-2  # a bf16 forward pass is coarser
     for name, other in (("old", batch["log_probs"]), ("reference", batch["ref_log_probs"])):
         gap = zero_off(batch["mask"], (log_probs - other).abs())[0].max().item()
         if not gap <= tolerance:
             raise RuntimeError(
                 f"before the first update the policy's log-probs differ from the {name} ones by "
-                f"{gap:.2g} nats (at most {tolerance:g} expected): the ratio is not 1 or the KL not "
-                "0. Look for dropout, position ids that count padding, a mask shifted by one, or "
+                f"{gap:.2g} nats (at most {tolerance:g} expected): the ratio is not 1 or the KL not"
+                " 0. Look for dropout, position ids that count padding, a mask shifted by one, or "
                 "half precision")
 
 
@@ -232,7 +231,8 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
                 inputs = part["input_ids"], part["attention_mask"], width
                 log_probs = response_log_probs(policy, *inputs, config.temperature)
                 if step == epoch == len(stats) == 0:
-                    check_first_update(log_probs.detach(), part)
+                    check_first_update(log_probs.detach(), part,
+                                       1e-4 if policy.dtype == torch.float32 else 5e-2)
                 loss, clip_fraction = policy_loss(log_probs, part["log_probs"], part["advantages"],
                                                   part["mask"], config.clip_range)
                 update(policy_optimizer, loss, lr, config.max_grad_norm)
@@ -268,7 +268,8 @@ if __name__ == "__main__":
     advantages, returns = compute_gae(rewards, values, mask)
     print("advantages:", advantages.tolist(), "returns:", returns.tolist())
     print("whitened:", whiten(advantages, mask).tolist())
-    ratio, a = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]]), torch.tensor([[1.0, -1.0, 1.0, -1.0, 2.0]])
+    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]])
+    a = torch.tensor([[1.0, -1.0, 1.0, -1.0, 2.0]])
     loss, clipped = policy_loss(ratio.log(), torch.zeros(1, 5), a, torch.ones(1, 5))
     print("policy loss:", loss.item(), "clip fraction:", clipped.item())
     v = torch.tensor([[1.5, 1.1, 0.5]])

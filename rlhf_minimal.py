@@ -1,6 +1,6 @@
 """Learning to summarize from human feedback (Stiennon et al. 2020), the whole loop in one script.
 
-    python rlhf_minimal.py                    # tiny world: CPU, no download, about a minute and a half
+    python rlhf_minimal.py                    # tiny world: CPU, no download, a minute or two
     python rlhf_minimal.py --fast_dev_run     # a few steps of every stage, seconds
     python rlhf_minimal.py --comparisons F --posts F --judge longest     # your own rows
 
@@ -11,7 +11,6 @@ import argparse
 import copy
 import json
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,15 +37,15 @@ from tldr import without_posts_of
 
 @dataclass
 class RunConfig:
-    preset: str = HfArg(default="tiny", help="tiny (CPU, no download) or full (the paper's values)")
-    seed: int = HfArg(default=0, help="one seed for everything; paper: best of 3-10 for the RM (B.1)")
-    output_dir: str = HfArg(default=None, help="folder of the run; fresh runs/<preset>-<n> if not given")
+    preset: str = HfArg(default="tiny", help="tiny (CPU, no download) or full (paper)")
+    seed: int = HfArg(default=0, help="of everything; paper: 3-10 seeds for the RM (B.1)")
+    output_dir: str = HfArg(default=None, help="folder of the run; fresh runs/<preset>-<n>")
     restart: bool = HfArg(default=False, help="throw away the run that output_dir holds")
     fast_dev_run: bool = HfArg(default=False, help="a few steps of every stage")
-    summarize: str = HfArg(default=None, help="text file with a post: summaries by the run in output_dir")
+    summarize: str = HfArg(default=None, help="file with a post to summarize by output_dir")
     comparisons: str = HfArg(default=None, help="hub id or .jsonl/.parquet; paper: 64,832 (3.2)")
     posts: str = HfArg(default=None, help="hub id or .jsonl/.parquet/.csv; paper: 123,169 (3.2)")
-    sft_model: str = HfArg(default=None, help="hub id or folder: skips SFT; paper: 1.3B or 6.7B (3.4)")
+    sft_model: str = HfArg(default=None, help="hub id or folder, skips SFT; paper: 1.3B (3.4)")
     reward_model: str = HfArg(default=None, help="folder of a reward_model/: skips its training")
     query_length: int = HfArg(default=512, help="tokens of a prompt at most; paper: 512 (B.2)")
     summary_length: int = HfArg(default=128, help="of a given summary; 2020 code: 128 for the RM")
@@ -54,8 +53,8 @@ class RunConfig:
 
 @dataclass
 class ToyConfig:
-    toy_posts: int = HfArg(default=12800, help="posts with references for SFT; paper: 116,722 (3.2)")
-    toy_comparisons: int = HfArg(default=24000, help="posts whose summaries are compared; paper: 64,832")
+    toy_posts: int = HfArg(default=12800, help="posts with references; paper: 116,722 (3.2)")
+    toy_comparisons: int = HfArg(default=24000, help="posts to compare on; paper: 64,832 (3.2)")
     toy_held_out: int = HfArg(default=500, help="posts to judge on; paper: 6,447 (3.2)")
     toy_width: int = HfArg(default=64, help="d_model; paper: 2048 (1.3B, Table 3)")
     toy_layers: int = HfArg(default=2, help="paper: 24 (1.3B, Table 3)")
@@ -75,6 +74,8 @@ FAST = {  # --fast_dev_run: so few of everything that only the code is tested
     "toy_posts": 64, "toy_comparisons": 200, "toy_held_out": 16, "ppo_episodes": 32,
     "ppo_batch_size": 16, "ppo_epochs": 2, "judge_every": 1, "judge_during": 8, "judge_posts": 16,
     "best_of_n": 4, "response_length": 16}
+ZERO_IS_FINE = ("seed", "restart", "fast_dev_run", "kl_beta", "gamma", "lam", "missing_eos",
+                "value_weight", "sft_lr", "reward_lr", "ppo_lr", "judge_every")
 CONFIGS = (RunConfig, ToyConfig, SFTConfig, RewardConfig, PPOConfig, JudgeConfig)
 
 
@@ -89,36 +90,29 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def parse_settings(arguments):
-    """Command line -> one namespace of all settings. Raises SettingError for one that is unknown."""
+    """Command line -> one namespace of all settings. Raises SettingError for one that is wrong."""
     def fail(message):
         raise SettingError(f"{message}; `python rlhf_minimal.py --help` lists the settings")
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="tiny")
-    first.add_argument("--fast_dev_run", "--fast-dev-run", nargs="?", const=True, default=False)
-    chosen, _ = first.parse_known_args(arguments)
-    if chosen.preset not in PRESETS:
-        fail(f"--preset {chosen.preset}: expected one of {', '.join(PRESETS)}")
     parser = HfArgumentParser(CONFIGS, formatter_class=Help, allow_abbrev=False,
                               usage="python rlhf_minimal.py [--setting value ...]")
     parser.error = fail
-    parser.set_defaults(**PRESETS[chosen.preset])
-    if chosen.fast_dev_run not in (False, "false", "False"):
-        parser.set_defaults(**FAST)
+    settings, _ = parser.parse_known_args(arguments)
+    if settings.preset not in PRESETS:
+        fail(f"--preset {settings.preset}: expected one of {', '.join(PRESETS)}")
+    parser.set_defaults(**PRESETS[settings.preset], **(FAST if settings.fast_dev_run else {}))
     settings = parser.parse_args(arguments)
-    for name in ("toy_posts", "toy_comparisons", "toy_held_out", "sft_batch_size", "ppo_epochs",
-                 "reward_batch_size", "ppo_batch_size", "return_sequences", "ppo_minibatches",
-                 "response_length", "query_length", "summary_length", "temperature", "best_of_n"):
-        if not getattr(settings, name) > 0:
-            fail(f"--{name} {getattr(settings, name)}: expected more than 0")
+    for name, value in vars(settings).items():
+        if isinstance(value, (int, float)) and name not in ZERO_IS_FINE and not value > 0:
+            fail(f"--{name} {value}: expected more than 0")
     if settings.ppo_batch_size % settings.return_sequences:
         fail(f"--return_sequences {settings.return_sequences}: expected a divisor of "
              f"ppo_batch_size ({settings.ppo_batch_size})")
     if bool(settings.comparisons) != bool(settings.posts):
         fail("--comparisons and --posts belong together: give both, or neither for the tiny world")
     if settings.posts and settings.judge in (None, "labeler"):
-        fail("--judge: nobody here can judge real text by default; give longest, reward_model, or a "
-             "model (hub id or folder)")
+        fail("--judge: the labeler of the tiny world can't judge real text; give longest, "
+             "reward_model, or a language model (hub id or folder)")
     return settings
 
 
@@ -149,8 +143,8 @@ def load_data(settings):
     n_posts, n_compared = len(posts), len(compared)
     posts = without_posts_of(posts, seen)
     compared = without_posts_of(compared, seen)
-    print(f"data: {len(posts)} posts, {len(compared)} comparisons; held out: {len(held_out)} posts, "
-          f"{len(compared_held_out)} comparisons; left out as their post is held out: "
+    print(f"data: {len(posts)} posts, {len(compared)} comparisons; held out: {len(held_out)} posts,"
+          f" {len(compared_held_out)} comparisons; left out as their post is held out: "
           f"{n_posts - len(posts)} posts, {n_compared - len(compared)} comparisons")
     if settings.fast_dev_run:
         posts, compared = posts[:64], compared[:64]
@@ -166,8 +160,8 @@ def load_language_model(name, device):
     except (OSError, ValueError) as error:
         raise SettingError(f"--sft_model {name}: {str(error).splitlines()[0]}") from None
     if not tokenizer("a")["input_ids"]:  # what AutoTokenizer gives for a repository without one
-        raise SettingError(f"--sft_model {name} has no tokenizer files: put those of its base model "
-                           "beside the weights, in a local folder")
+        raise SettingError(f"--sft_model {name} has no tokenizer files: put those of its base model"
+                           " beside the weights, in a local folder")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: masks are made from lengths, not from ids
     return tokenizer, model.to(device).eval()
@@ -205,73 +199,12 @@ def encode_pairs(comparisons, tokenizer, settings):
 # ---------------------------------------------------------------------------- the stages
 
 
-def stage_sft(run, settings, posts, device):
-    """Step 1: the SFT model, given or trained on (post, reference) pairs, saved to sft/."""
-    if settings.sft_model:
-        tokenizer, model = load_language_model(settings.sft_model, device)
-    else:
-        tokenizer, model = make_tiny_model(posts, settings, device)
-        queries = [encode_prompt(post, tokenizer, settings.query_length) for post in posts]
-        responses = [encode_response(post["summary"], tokenizer, settings.summary_length)
-                     for post in posts]
-        train_sft(run, model, queries, responses, tokenizer.pad_token_id, settings)
-        print(f"sft: {len(posts)} posts, last loss {run.history('sft')[-1]['loss']:.3f} nats a token")
-    save(run, "sft", model, tokenizer)
-    return tokenizer, model
+def encode_posts(posts, tokenizer, settings):
+    return [encode_prompt(post, tokenizer, settings.query_length) for post in posts]
 
 
-def stage_toy_comparisons(run, settings, posts, name, tokenizer, model):
-    """Sample summaries from the SFT model and let the toy labeler choose; see toy.py."""
-    half, quarter = len(posts) // 2, len(posts) // 4
-    queries = [encode_prompt(post, tokenizer, settings.query_length) for post in posts[:half]]
-    samples = []
-    for draw, count in enumerate((half, quarter)):
-        generator = generator_for(run.seed, name, draw, device=model.device)
-        sampled = sample_responses(model, tokenizer, queries[:count], settings.response_length,
-                                   settings.temperature, generator)
-        samples.append([decode_response(ids, tokenizer) for ids in sampled])
-    comparisons = toy.make_comparisons(posts, *samples, f"{name} {run.seed}")
-    return comparisons, toy.fact_accuracy(posts, samples[0])
-
-
-def stage_reward(run, settings, model, tokenizer, compared, compared_held_out, posts):
-    """Step 2: the reward model, given or trained, normalised on references, and its accuracy."""
-    pad_id = tokenizer.pad_token_id
-    held_out, rows = encode_pairs(compared_held_out, tokenizer, settings)
-    results = {}
-    if settings.reward_model:
-        reward_model = RewardModel.from_pretrained(settings.reward_model).to(model.device)
-    else:
-        pairs, _ = encode_pairs(compared, tokenizer, settings)
-        torch.manual_seed(settings.seed)  # for the head
-        reward_model = RewardModel(model)
-        train_reward(run, reward_model, pairs, pad_id, settings)
-        references = posts[:1000]
-        normalize(reward_model,
-                  [encode_prompt(p, tokenizer, settings.query_length) for p in references],
-                  [encode_response(p["summary"], tokenizer, settings.summary_length)
-                   for p in references], pad_id)
-        results["reward_accuracy_post_blind"] = post_blind_accuracy(pairs, held_out, len(tokenizer))
-    queries, chosen, rejected = zip(*held_out)
-    chosen = score_summaries(reward_model, queries, chosen, pad_id)
-    rejected = score_summaries(reward_model, queries, rejected, pad_id)
-    results["reward_accuracy"] = preference_accuracy(chosen, rejected)
-    results["reward_accuracy_longest_wins"] = length_accuracy(held_out)
-    results["reward_accuracy_n"] = len(held_out)
-    if not settings.posts:
-        better = torch.tensor([row["gap"] for row in rows])
-        decided = better != 0
-        agree = (chosen > rejected) == (better > 0)
-        results["label_agreement"] = (better[decided] > 0).float().mean().item()
-        results["reward_accuracy_true_taste"] = agree[decided].float().mean().item()
-        results["reward_accuracy_ceiling"] = toy.label_ceiling(rows)
-    reward_model.save_pretrained(run.folder / "reward_model")
-    tokenizer.save_pretrained(run.folder / "reward_model")
-    print(f"reward model: accuracy {results['reward_accuracy']:.3f} on {len(held_out)} held-out "
-          f"comparisons, pick-the-longer {results['reward_accuracy_longest_wins']:.3f}"
-          + (f", post-blind {results['reward_accuracy_post_blind']:.3f}"
-             if "reward_accuracy_post_blind" in results else ""))
-    return reward_model, results
+def encode_summaries(texts, tokenizer, settings):
+    return [encode_response(text, tokenizer, settings.summary_length) for text in texts]
 
 
 def save(run, name, model, tokenizer):
@@ -279,129 +212,78 @@ def save(run, name, model, tokenizer):
     tokenizer.save_pretrained(run.folder / name)
 
 
-def run_all(settings):
-    """Every stage in the paper's order; returns results.json as a dict."""
-    started = time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    posts, held_out, compared, compared_held_out = load_data(settings)
-    run = Run(settings.output_dir or fresh_folder(settings.preset), settings.seed,
-              settings.restart)
-    run.write("config.json", {**vars(settings), "environment": environment()})
-    tiny_world = not settings.posts
-    results = {"preset": settings.preset, "seed": settings.seed}
+def supervise(run, settings, posts, device):
+    """Step 1: the SFT model, given or trained on (post, reference) pairs."""
+    if settings.sft_model:
+        tokenizer, model = load_language_model(settings.sft_model, device)
+    else:
+        tokenizer, model = make_tiny_model(posts, settings, device)
+        references = encode_summaries([post["summary"] for post in posts], tokenizer, settings)
+        train_sft(run, model, encode_posts(posts, tokenizer, settings), references,
+                  tokenizer.pad_token_id, settings)
+        print(f"sft: {len(posts)} posts, last loss {run.history('sft')[-1]['loss']:.3f} nats per "
+              "token")
+        if settings.posts:
+            print("sft: a tiny model that has seen so few posts can't write good summaries; this "
+                  "shows that your rows go through, not what the method reaches")
+    save(run, "sft", model, tokenizer)
+    return tokenizer, model
 
-    tokenizer, sft = stage_sft(run, settings, posts, device)
-    if not tiny_world and not settings.sft_model:
-        print(f"sft: a tiny model that has seen {len(posts)} posts can't write good summaries; this "
-              "run shows that your rows go through, not what the method reaches")
-    if tiny_world:
-        with run.timed("comparisons"):
-            compared, results["fact_accuracy"] = stage_toy_comparisons(
-                run, settings, compared, "train", tokenizer, sft)
-            compared_held_out, _ = stage_toy_comparisons(
-                run, settings, compared_held_out, "held out", tokenizer, sft)
-        print(f"comparisons: {len(compared)} labelled, {len(compared_held_out)} held out")
-    reward_model, reward_results = stage_reward(run, settings, sft, tokenizer, compared,
-                                                compared_held_out, posts)
-    results.update(reward_results)
 
-    def score(some_posts, summaries):
-        return score_summaries(
-            reward_model,
-            [encode_prompt(post, tokenizer, settings.query_length) for post in some_posts],
-            [encode_response(text, tokenizer, settings.summary_length) for text in summaries],
-            tokenizer.pad_token_id).tolist()
+def compare_in_tiny_world(run, settings, posts, name, tokenizer, model):
+    """Sample summaries from the SFT model and let the labeler choose (toy.make_comparisons)."""
+    with run.timed(f"comparisons, {name}"):
+        samples = []
+        for draw, count in enumerate((len(posts) // 2, len(posts) // 4)):
+            generator = generator_for(run.seed, name, draw, device=model.device)
+            sampled = sample_responses(
+                model, tokenizer, encode_posts(posts[:count], tokenizer, settings),
+                settings.response_length, settings.temperature, generator)
+            samples.append([decode_response(ids, tokenizer) for ids in sampled])
+        comparisons = toy.make_comparisons(posts, *samples, f"{name} {run.seed}")
+    print(f"comparisons, {name}: {len(comparisons)} labelled, {len(posts) - len(comparisons)} left "
+          "out as their summaries are identical")
+    return comparisons, toy.fact_accuracy(posts, samples[0])
 
-    def write(model, some_posts, temperature=0.0, generator=None):
-        """Summaries as text; at temperature 0, as the paper evaluates (App. B.1, Fig. 8)."""
-        queries = [encode_prompt(post, tokenizer, settings.query_length) for post in some_posts]
-        return [decode_response(ids, tokenizer) for ids in sample_responses(
-            model, tokenizer, queries, settings.response_length, temperature, generator)]
 
-    if tiny_world:
-        pairs = list(toy.swapped_fact_pairs(held_out, run.seed))
-        right, wrong = (score([p[0] for p in pairs], [p[k] for p in pairs]) for k in (1, 2))
-        results["reward_accuracy_swapped_fact"] = preference_accuracy(
-            torch.tensor(right), torch.tensor(wrong))
-    judge_name = settings.judge or "labeler"
-    judge = (quality_judge(toy.true_quality) if judge_name == "labeler"
-             else load_judge(judge_name, score))
-
-    def judged(ours, theirs, some_posts):
-        outcomes = judge_pairwise(judge, some_posts, ours, theirs)
-        rate = win_rate(outcomes)
-        return {"win_rate": rate.win_rate, "low": rate.low, "high": rate.high,
-                "n": rate.wins + rate.losses + rate.ties, "judge": judge_name,
-                "conditional_win_rate": rate.conditional_win_rate,
-                "decision_rate": rate.decision_rate, "abstentions": rate.abstentions,
-                "length_controlled": length_controlled_win_rate(
-                    outcomes, *([len(text) + 1 for text in texts] for texts in (ours, theirs))),
-                "mean_length": mean_words(ours), "mean_length_other": mean_words(theirs)}, outcomes
-
-    judged_posts = held_out[: settings.judge_posts]
-    references = [post["summary"] for post in judged_posts]
-    sft_summaries = write(sft, judged_posts)
-    policy = copy.deepcopy(sft)
-    few = slice(0, settings.judge_during)
-
-    def evaluate(update):
-        """The notebook's periodic win rate, on held-out posts; see section 4.1 for the final one."""
-        if settings.judge_every and update % settings.judge_every == 0:
-            summaries = write(policy, judged_posts[few])
-            line = {f"vs_{name}_{key}": value for name, theirs in
-                    (("reference", references), ("sft", sft_summaries))
-                    for key, value in judged(summaries, theirs[few], judged_posts[few])[0].items()
-                    if key in ("win_rate", "low", "high", "n", "judge")}
-            if tiny_world:
-                line["true_quality"] = mean(map(toy.true_quality, judged_posts[few], summaries))
-            run.log("judge", update, length=mean_words(summaries), **line)
-
-    queries = [encode_prompt(post, tokenizer, settings.query_length) for post in posts]
-    critic = train_ppo(run, policy, reward_model, queries, tokenizer, settings, evaluate)
-    save(run, "policy", policy, tokenizer)
-    critic.save_pretrained(run.folder / "critic")
-    tokenizer.save_pretrained(run.folder / "critic")
-    last = run.history("ppo")[-1]
-    print(f"ppo: {last['step'] + 1} updates, reward {last['reward']:.2f}, "
-          f"KL {last['kl_per_summary']:.2f} nats per summary")
-
-    with run.timed("judge"):
-        ppo_summaries = write(policy, judged_posts)
-        results["sft_vs_reference"], _ = judged(sft_summaries, references, judged_posts)
-        results["ppo_vs_reference"], vs_reference = judged(ppo_summaries, references, judged_posts)
-        results["ppo_vs_sft"], vs_sft = judged(ppo_summaries, sft_summaries, judged_posts)
-        n = settings.best_of_n
-        best = best_of_n(write, score, sft, judged_posts[few], n, run.seed)
-        results["best_of_n_vs_reference"], _ = judged(best, references[few], judged_posts[few])
-        results["best_of_n"], results["best_of_n_kl"] = n, best_of_n_kl(n)
-        if tiny_world:
-            ideal = [toy.ideal_summary(post) for post in judged_posts]
-            results["ideal_vs_reference"], _ = judged(ideal, references, judged_posts)
-        sft_scores, ppo_scores = score(judged_posts, sft_summaries), score(judged_posts, ppo_summaries)
-    results.update(
-        kl_per_summary=last["kl_per_summary"], reward_sft=mean(sft_scores),
-        reward_ppo=mean(ppo_scores), mean_length_sft=mean_words(sft_summaries),
-        mean_length_ppo=mean_words(ppo_summaries), mean_length_reference=mean_words(references),
-        seconds={**run.seconds, "total": time.perf_counter() - started},
-        peak_memory_bytes=peak_memory_bytes())
-    samples = [
-        {"post": {key: post[key] for key in ("subreddit", "title", "post")}, "reference": reference,
-         "sft": ours, "ppo": theirs, "reward_sft": a, "reward_ppo": b, "ppo_vs_reference": c,
-         "ppo_vs_sft": d, "judge": judge_name}
-        for post, reference, ours, theirs, a, b, c, d in zip(
-            judged_posts, references, sft_summaries, ppo_summaries, sft_scores, ppo_scores,
-            vs_reference, vs_sft)]
-    run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
-    run.write("results.json", results)
-    report(run, results, samples)
-    return results
+def model_rewards(run, settings, sft, tokenizer, compared, compared_held_out, posts):
+    """Step 2: the reward model, given or trained, and what is measured of it."""
+    pad_id = tokenizer.pad_token_id
+    held_out, rows = encode_pairs(compared_held_out, tokenizer, settings)
+    results = {"reward_accuracy_longest_wins": length_accuracy(held_out),
+               "reward_accuracy_n": len(held_out)}
+    if settings.reward_model:
+        reward_model = RewardModel.from_pretrained(settings.reward_model).to(sft.device)
+    else:
+        pairs, _ = encode_pairs(compared, tokenizer, settings)
+        results["reward_accuracy_post_blind"] = post_blind_accuracy(pairs, held_out, len(tokenizer))
+        torch.manual_seed(settings.seed)  # for the head
+        reward_model = RewardModel(sft)
+        train_reward(run, reward_model, pairs, pad_id, settings)
+        references = [post["summary"] for post in posts[:1000]]  # the mean is sharp enough by then
+        normalize(reward_model, encode_posts(posts[:1000], tokenizer, settings),
+                  encode_summaries(references, tokenizer, settings), pad_id)
+    save(run, "reward_model", reward_model, tokenizer)
+    queries, *pair = zip(*held_out)
+    chosen, rejected = (score_summaries(reward_model, queries, side, pad_id) for side in pair)
+    results["reward_accuracy"] = preference_accuracy(chosen, rejected)
+    if not settings.posts:
+        gaps = torch.tensor([row["gap"] for row in rows])
+        agrees = ((chosen > rejected) == (gaps > 0))[gaps != 0]
+        results["reward_accuracy_true_taste"] = agrees.float().mean().item()
+        results["reward_accuracy_ceiling"] = toy.label_ceiling(rows)
+        results["label_agreement"] = (gaps[gaps != 0] > 0).float().mean().item()
+    print(f"reward model: accuracy {results['reward_accuracy']:.3f} on {len(held_out)} held-out "
+          f"comparisons, pick-the-longer {results['reward_accuracy_longest_wins']:.3f}")
+    return reward_model, results
 
 
 def best_of_n(write, score, model, posts, n, seed):
     """Best-of-n as a policy of its own (App. G.3): n samples at T = 0.7, the best by reward."""
     generator = generator_for(seed, "best of n", device=model.device)
-    samples = write(model, [post for post in posts for _ in range(n)], 0.7, generator)
-    scores = score([post for post in posts for _ in range(n)], samples)
+    repeated = [post for post in posts for _ in range(n)]
+    samples = write(model, repeated, 0.7, generator)
+    scores = score(repeated, samples)
     rows = range(0, len(samples), n)
     return [samples[max(range(row, row + n), key=scores.__getitem__)] for row in rows]
 
@@ -415,67 +297,110 @@ def mean_words(summaries):
     return mean(len(summary.split()) for summary in summaries)
 
 
-# ---------------------------------------------------------------------------- what a person sees
+def run_all(settings):
+    """Every stage in the paper's order; returns what results.json holds."""
+    started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tiny_world = not settings.posts
+    judge_name = settings.judge or "labeler"
 
-COMPARED = (("sft_vs_reference", "SFT against reference"),
-            ("ppo_vs_reference", "PPO against reference"), ("ppo_vs_sft", "PPO against SFT"),
-            ("best_of_n_vs_reference", "best-of-n against reference"),
-            ("ideal_vs_reference", "the ideal against reference"))
+    def score(some_posts, summaries):
+        return score_summaries(reward_model, encode_posts(some_posts, tokenizer, settings),
+                               encode_summaries(summaries, tokenizer, settings),
+                               tokenizer.pad_token_id).tolist()
+
+    def write(model, some_posts, temperature=0.0, generator=None):
+        """Summaries as text; at temperature 0, as the paper evaluates (Fig. 8)."""
+        return [decode_response(ids, tokenizer) for ids in sample_responses(
+            model, tokenizer, encode_posts(some_posts, tokenizer, settings),
+            settings.response_length, temperature, generator)]
+
+    def judged(some_posts, ours, theirs):
+        outcomes = judge_pairwise(judge, some_posts, ours, theirs)
+        rate, lengths = win_rate(outcomes), ([len(text) + 1 for text in side]  # "" has no logarithm
+                                             for side in (ours, theirs))
+        return {"n": rate.total - rate.abstentions, "judge": judge_name, **rate._asdict(),
+                "length_controlled": length_controlled_win_rate(outcomes, *lengths),
+                "mean_length": mean_words(ours), "mean_length_other": mean_words(theirs)}, outcomes
+
+    def evaluate(update):
+        """The notebook's periodic win rate: every judge_every updates, on a few held-out posts."""
+        if not settings.judge_every or update % settings.judge_every:
+            return
+        summaries = write(policy, held_out[few])
+        line = {"length": mean_words(summaries), "judge": judge_name}
+        for name, theirs in (("reference", references), ("sft", sft_summaries)):
+            rate, _ = judged(held_out[few], summaries, theirs[few])
+            line |= {f"vs_{name}_{key}": rate[key] for key in ("win_rate", "low", "high", "n")}
+        if tiny_world:
+            line["true_quality"] = mean(map(toy.true_quality, held_out[few], summaries))
+        run.log("judge", update, **line)
+
+    try:  # before any training: it may not be there
+        judge = (quality_judge(toy.true_quality) if judge_name == "labeler"
+                 else load_judge(judge_name, score))
+    except (OSError, ValueError) as error:
+        raise SettingError(f"--judge {judge_name}: {str(error).splitlines()[0]}") from None
+    posts, held_out, compared, compared_held_out = load_data(settings)
+    run = Run(settings.output_dir or fresh_folder(settings.preset), settings.seed, settings.restart)
+    run.write("config.json", {**vars(settings), "environment": environment()})
+    results = {"preset": settings.preset, "seed": settings.seed}
+
+    tokenizer, sft = supervise(run, settings, posts, device)
+    if tiny_world:
+        compared, results["fact_accuracy"] = compare_in_tiny_world(
+            run, settings, compared, "train", tokenizer, sft)
+        compared_held_out, _ = compare_in_tiny_world(
+            run, settings, compared_held_out, "held out", tokenizer, sft)
+    reward_model, measured = model_rewards(run, settings, sft, tokenizer, compared,
+                                           compared_held_out, posts)
+    results |= measured
+
+    held_out, few = held_out[: settings.judge_posts], slice(settings.judge_during)
+    references, sft_summaries = [post["summary"] for post in held_out], write(sft, held_out)
+    policy = copy.deepcopy(sft)
+    critic = train_ppo(run, policy, reward_model, encode_posts(posts, tokenizer, settings),
+                       tokenizer, settings, evaluate)
+    save(run, "policy", policy, tokenizer)
+    save(run, "critic", critic, tokenizer)
+    last = run.history("ppo")[-1]
+    print(f"ppo: {last['step'] + 1} updates, reward {last['reward']:.2f}, "
+          f"KL {last['kl_per_summary']:.2f} nats per summary")
+
+    with run.timed("judge"):
+        ppo_summaries = write(policy, held_out)
+        results["sft_vs_reference"], _ = judged(held_out, sft_summaries, references)
+        results["ppo_vs_reference"], vs_reference = judged(held_out, ppo_summaries, references)
+        results["ppo_vs_sft"], vs_sft = judged(held_out, ppo_summaries, sft_summaries)
+        best = best_of_n(write, score, sft, held_out[few], settings.best_of_n, run.seed)
+        results["best_of_n_vs_reference"], _ = judged(held_out[few], best, references[few])
+        results["best_of_n_kl"] = best_of_n_kl(settings.best_of_n)
+        if tiny_world:
+            ideal = [toy.ideal_summary(post) for post in held_out]
+            results["ideal_vs_reference"], _ = judged(held_out, ideal, references)
+            triples = zip(*toy.swapped_fact_pairs(held_out, run.seed))
+            some_posts, *pair = map(list, triples)
+            results["reward_accuracy_swapped_fact"] = preference_accuracy(
+                *(torch.tensor(score(some_posts, side)) for side in pair))
+        rewards = [score(held_out, side) for side in (sft_summaries, ppo_summaries)]
+    results |= {"kl_per_summary": last["kl_per_summary"], "reward_sft": mean(rewards[0]),
+                "reward_ppo": mean(rewards[1]), "mean_length_sft": mean_words(sft_summaries),
+                "mean_length_ppo": mean_words(ppo_summaries),
+                "mean_length_reference": mean_words(references),
+                "seconds": {**run.seconds, "total": time.perf_counter() - started},
+                "peak_memory_bytes": peak_memory_bytes()}
+    columns = ("post", "reference", "sft", "ppo", "reward_sft", "reward_ppo", "ppo_vs_reference",
+               "ppo_vs_sft", "judge")
+    shown = [{key: post[key] for key in ("subreddit", "title", "post")} for post in held_out]
+    samples = [dict(zip(columns, (*row, judge_name))) for row in zip(
+        shown, references, sft_summaries, ppo_summaries, *rewards, vs_reference, vs_sft)]
+    run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
+    run.write("results.json", results)
+    figures.report(run, results, samples)
+    return results
 
 
-def win_rate_table(results):
-    """Rows (name, win rate, interval, n, words of both) of the comparisons that were judged."""
-    for key, name in COMPARED:
-        if key in results:
-            r = results[key]
-            yield (name, f"{r['win_rate']:.3f}", f"{r['low']:.3f} - {r['high']:.3f}", str(r["n"]),
-                   f"{r['mean_length']:.1f} / {r['mean_length_other']:.1f}")
-
-
-def one_line(text, width=300):
-    return textwrap.shorten(text, width, placeholder=" ...")
-
-
-def report(run, results, samples):
-    """Print the end of the run, and write report.md with the curves."""
-    judge = results["ppo_vs_sft"]["judge"]
-    header = ("", "win rate", "95 % interval", "posts", "words ours / theirs")
-    table = [header, *win_rate_table(results)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    for sample in samples[:3]:
-        print(f"\n{sample['post']['title']}\n{one_line(sample['post']['post'])}")
-        for name in ("reference", "sft", "ppo"):
-            print(f"  {name:>9}: {one_line(sample[name])}")
-    print(f"\nWin rates, judged by: {judge}")
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    total = results["seconds"]["total"]
-    print(f"\nKL {results['kl_per_summary']:.2f} nats per summary; reward of greedy summaries "
-          f"{results['reward_sft']:.2f} -> {results['reward_ppo']:.2f}; {total:.0f} s; "
-          f"see {run.folder / 'report.md'}")
-
-    def cell(text):  # markup in a post stays text
-        for character in "\\`*_{}[]<>#|!&~":
-            text = text.replace(character, f"&#{ord(character)};")
-        return " ".join(text.split())
-
-    lines = [f"# Run {run.folder.name}, seed {results['seed']}", "",
-             f"Win rates, judged by **{judge}** on held-out posts; 95 % Wilson intervals.", "",
-             "| " + " | ".join(header) + " |", "|---" * len(header) + "|",
-             *("| " + " | ".join(row) + " |" for row in table[1:]), "",
-             "| measure | value |", "|---|---|",
-             *(f"| {key} | {value:.4g} |" for key, value in results.items()
-               if isinstance(value, float)), ""]
-    pictures = figures.draw_run(run.folder, results)
-    lines += [f"![{name}]({name})\n" for name in pictures] or [
-        "No pictures: matplotlib is not installed (`pip install -e \".[plots]\"`).\n"]
-    if not pictures:
-        print("no pictures in the report: matplotlib is not installed (the plots extra)")
-    lines += ["## Samples", "", "| post | reference | SFT | PPO |", "|---|---|---|---|",
-              *("| " + " | ".join(cell(text)[:2000] for text in (
-                  s["post"]["title"], s["reference"], s["sft"], s["ppo"])) + " |"
-                for s in samples[:20]), ""]
-    run.write("report.md", "\n".join(lines))
+# ---------------------------------------------------------------------------- trying it out
 
 
 def summarize(settings):

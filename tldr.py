@@ -57,8 +57,8 @@ def encode_prompt(post, tokenizer, query_length):
 
     text = truncate_post(post["post"], lambda text: len(encode(text)) <= query_length)
     if text is None:
-        raise ValueError(f"query_length {query_length} is too small: title and cue alone take "
-                         f"{len(encode(''))} tokens; raise query_length")
+        raise DataError(f"query_length {query_length} is too small: title and cue alone take "
+                        f"{len(encode(''))} tokens; raise query_length")
     return encode(text)
 
 

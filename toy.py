@@ -106,13 +106,9 @@ def confused_pair(post, rng):
     summary = confusion = write_summary(post, rng, 0, WRONG)
     while confusion == summary:
         facts = confuse(post["facts"], rng, 0.4)
-        confusion = " ".join(facts_swapped(word, post["facts"], facts) for word in summary.split())
+        swap = {fact: facts[name] for name, fact in post["facts"].items()}
+        confusion = re.sub(r"\w+", lambda word: swap.get(word[0], word[0]), summary)
     return summary, confusion
-
-
-def facts_swapped(word, facts, other):
-    name = next((name for name, fact in facts.items() if fact == word.strip(".?")), None)
-    return word.replace(facts[name], other[name]) if name else word
 
 
 # ---------------------------------------------------------------------------- the labeler
@@ -125,7 +121,7 @@ PATTERNS = {  # "I feel {feels}." -> r"I feel (?P<feels>angry|scared|...)\."
 
 
 def read_summary(summary):
-    """Sentences of a summary as (clause name, stated facts); (None, sentence) if it is no clause."""
+    """Sentences of a summary as (clause name, stated facts), or (None, sentence) if it is none."""
     for sentence in re.findall(r"[^.?!]*[.?!]|[^.?!]+$", summary):
         sentence = sentence.strip()
         matches = ((name, pattern.fullmatch(sentence)) for name, pattern in PATTERNS.items())
@@ -149,7 +145,8 @@ def true_quality(post, summary):
             quality -= 0.5
         else:
             quality -= 0.5 * any(order.index(clause) < order.index(earlier) for earlier in seen)
-            quality += sum(1 if post["facts"][name] == fact else -2 for name, fact in stated.items())
+            quality += sum(1 if post["facts"][name] == fact else -2
+                           for name, fact in stated.items())
             seen.append(clause)
     return quality
 
@@ -178,9 +175,9 @@ def compare(post, summary_a, summary_b, policies, rng):
 
 
 def make_comparisons(posts, samples_a, samples_b, seed):
-    """Comparisons of several policies' summaries (section 3.1), one a post: of two SFT samples where
-    the post has two, of one and the reference where it has one, else of a confused pair.
-    Identical summaries are left out, as in tldr.py."""
+    """Comparisons of several policies' summaries (section 3.1), one per post: two SFT samples where
+    the post has two, one and the reference where it has one, else a confused pair. Identical
+    summaries are left out, as in tldr.py."""
     rng = random.Random(f"comparisons {seed}")
     comparisons = []
     for row, post in enumerate(posts):

@@ -291,7 +291,13 @@ def test_separable_outcomes_stay_finite():
     for outcome in (1.0, 0.5, 0.0):  # one answer, and ratios from 1e-6 to 1e6
         for ratio in (1, 2, 1e-6, 1e6):
             assert 0 <= length_controlled_win_rate([outcome], [ratio], [1]) <= 1
-    # a billion times longer and yet beaten: steps on flat ground must not run away
+    # Nearly separable: 2 ties at a log ratio of -.1, 500 losses at .8 and 500 at 2.9. Full Newton
+    # steps run away to sigmoid(1e6) = 1; the minimum is at a = -1.126329, sigmoid(a) = .244839.
+    outcomes = outcomes_of(losses=1000, ties=2)
+    lengths = [math.exp(x) for x in [0.8] * 500 + [2.9] * 500 + [-0.1] * 2]
+    edge = length_controlled_win_rate(outcomes, lengths, [1.0] * 1002)
+    assert edge == pytest.approx(0.244839, abs=1e-5)
+    # a billion times longer and yet beaten
     wild = [1e9, 1e-9, 1.0, 3.0], [1.0, 1.0, 1.1, 2.9]
     for outcomes in ([1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 0.5, 0.5]):
         assert 0 <= length_controlled_win_rate(outcomes, *wild) <= 1
