@@ -108,6 +108,8 @@ def parse_settings(arguments):
     if settings.ppo_batch_size % settings.return_sequences:
         fail(f"--return_sequences {settings.return_sequences}: expected a divisor of "
              f"ppo_batch_size ({settings.ppo_batch_size})")
+    if settings.reward_model and not Path(settings.reward_model, "model.safetensors").is_file():
+        fail(f"--reward_model {settings.reward_model}: expected the reward_model/ folder of a run")
     if bool(settings.comparisons) != bool(settings.posts):
         fail("--comparisons and --posts belong together: give both, or neither for the tiny world")
     if settings.posts and settings.judge in (None, "labeler"):
@@ -212,10 +214,10 @@ def save(run, name, model, tokenizer):
     tokenizer.save_pretrained(run.folder / name)
 
 
-def supervise(run, settings, posts, device):
-    """Step 1: the SFT model, given or trained on (post, reference) pairs."""
-    if settings.sft_model:
-        tokenizer, model = load_language_model(settings.sft_model, device)
+def supervise(run, settings, posts, device, given):
+    """Step 1: tokenizer and SFT model, given or trained on (post, reference) pairs."""
+    if given:
+        tokenizer, model = given
     else:
         tokenizer, model = make_tiny_model(posts, settings, device)
         references = encode_summaries([post["summary"] for post in posts], tokenizer, settings)
@@ -256,7 +258,9 @@ def model_rewards(run, settings, sft, tokenizer, compared, compared_held_out, po
         reward_model = RewardModel.from_pretrained(settings.reward_model).to(sft.device)
     else:
         pairs, _ = encode_pairs(compared, tokenizer, settings)
-        results["reward_accuracy_post_blind"] = post_blind_accuracy(pairs, held_out, len(tokenizer))
+        if not settings.posts:
+            results["reward_accuracy_post_blind"] = post_blind_accuracy(
+                pairs, held_out, len(tokenizer))
         torch.manual_seed(settings.seed)  # for the head
         reward_model = RewardModel(sft)
         train_reward(run, reward_model, pairs, pad_id, settings)
@@ -341,12 +345,13 @@ def run_all(settings):
                  else load_judge(judge_name, score))
     except (OSError, ValueError) as error:
         raise SettingError(f"--judge {judge_name}: {str(error).splitlines()[0]}") from None
+    given = load_language_model(settings.sft_model, device) if settings.sft_model else None
     posts, held_out, compared, compared_held_out = load_data(settings)
     run = Run(settings.output_dir or fresh_folder(settings.preset), settings.seed, settings.restart)
     run.write("config.json", {**vars(settings), "environment": environment()})
     results = {"preset": settings.preset, "seed": settings.seed}
 
-    tokenizer, sft = supervise(run, settings, posts, device)
+    tokenizer, sft = supervise(run, settings, posts, device, given)
     if tiny_world:
         compared, results["fact_accuracy"] = compare_in_tiny_world(
             run, settings, compared, "train", tokenizer, sft)

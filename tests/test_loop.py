@@ -3,6 +3,9 @@
 import copy
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -127,12 +130,12 @@ def test_rollout_pays_the_minus_one_only_where_no_eos_was_drawn(model):
     assert ended.any() and not ended.all(), "the case is not tested: choose another seed"
     assert (batch["scores"][~ended] == -1).all() and (batch["scores"][ended] != -1).all()
     assert torch.allclose(batch["kl"], torch.zeros(len(QUERIES)), atol=1e-5)
-    # a row of returns begins with score - beta * KL minus what GAE's critic terms telescope to:
-    # lambda = 1 makes it exact, so recompute with it
-    scores = ppo.kl_penalized_rewards(batch["scores"], batch["log_probs"], batch["ref_log_probs"],
-                                      batch["mask"], 0.05)
-    _, returns = ppo.compute_gae(scores, batch["values"], batch["mask"], lam=1.0)
-    assert torch.allclose(returns[:, 0], batch["scores"], atol=1e-4)
+    # KL 0 and lambda 1: the return from every action is the score, whatever the critic says
+    rewards = ppo.kl_penalized_rewards(batch["scores"], batch["log_probs"], batch["ref_log_probs"],
+                                       batch["mask"], 0.05)
+    _, returns = ppo.compute_gae(rewards, batch["values"], batch["mask"], lam=1.0)
+    expected = batch["scores"][:, None] * batch["mask"]
+    assert torch.allclose(returns, expected, atol=1e-4)
 
 
 def test_minibatches_and_several_responses_of_a_post(model, tmp_path):
@@ -311,12 +314,13 @@ def real_rows(folder, n=24):
     comparisons, posts = [], []
     for i in range(n):
         pet = pets[i % 6]
-        text = (f"  So on day {i} my {pet} ate {i} cookies.\n\nI called the vet, who laughed at me. "
+        text = (f"  So on day {i} my {pet} ate {i} cookies.\n\nI called the vet, who laughed. "
                 f"The {pet} is fine, \"but\" I'm <b>angry</b>.\n{'It snored. ' * (i % 5)}")
         info = {"id": f"t3_{i}", "post": text, "title": f"My {pet} ate {i} cookies",
                 "subreddit": "pets", "site": None, "article": None}
-        summaries = [{"text": f" my {pet} ate cookies, vet laughed.", "policy": "sup1", "note": None},
-                     {"text": f" {pet} ate {i} cookies and is fine.", "policy": "ref", "note": None}]
+        texts = f" my {pet} ate cookies, vet laughed.", f" {pet} ate {i} cookies and is fine."
+        summaries = [{"text": text, "policy": policy, "note": None}
+                     for text, policy in zip(texts, ("sup1", "ref"))]
         comparisons.append({"info": info, "summaries": summaries, "choice": i % 2, "worker": "w",
                             "batch": "b", "split": "train", "extra": {"confidence": 5}})
         posts.append({"id": f"p{i}", "subreddit": "pets", "title": f"{pet} number {i}",
@@ -348,17 +352,24 @@ def test_rows_of_the_real_schema_go_through(judge, tmp_path, capsys):
     (["--comparisons", "x.jsonl"], "belong together"),
     (["--comparisons", "x.jsonl", "--posts", "y.jsonl"], "--judge"),
     (["--comparisons", "x.jsonl", "--posts", "y.jsonl", "--judge", "longest"], "y.jsonl"),
-    (["--sft_model", "./nowhere"], "./nowhere"),
+    (["--sft_model", "./nowhere", "--fast_dev_run"], "./nowhere"),
+    (["--reward_model", "./nowhere"], "./nowhere"),
+    (["--judge", "./nowhere"], "./nowhere"),
+    (["--query_length", "3", "--fast_dev_run"], "query_length 3 is too small"),
     (["--summarize", "post.txt"], "--output_dir"),
-    (["--output_dir", "pyproject.toml", "--fast_dev_run"], "expected a folder, found a file"),
-    (["--output_dir", "tests", "--fast_dev_run", "--restart"], "holds other files"),
+    (["--output_dir", "a.txt", "--fast_dev_run"], "expected a folder, found a file"),
+    (["--output_dir", "folder", "--fast_dev_run", "--restart"], "holds other files"),
     (["--output_dir", "/proc/none", "--fast_dev_run"], "cannot write there"),
 ])
-def test_bad_settings_end_in_one_line(arguments, message, monkeypatch):
-    monkeypatch.chdir(rlhf_minimal.Path(rlhf_minimal.__file__).parent)
+def test_bad_settings_end_in_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("mine")
     with pytest.raises(SystemExit) as stop:
         rlhf_minimal.main(arguments)
     assert message in str(stop.value.code) and "\n" not in str(stop.value.code)
+    assert all(path.read_text() == "mine" for path in tmp_path.glob("**/*.txt"))
 
 
 def test_a_folder_with_a_run_is_refused_and_restart_replaces_it(tmp_path):
@@ -368,3 +379,59 @@ def test_a_folder_with_a_run_is_refused_and_restart_replaces_it(tmp_path):
         Run(folder, 0)
     Run(folder, 0, restart=True)
     assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+
+
+# ---------------------------------------------------------------------------- slow: as a user would
+
+
+def run_script(*arguments):
+    script = Path(rlhf_minimal.__file__)
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True,
+                          text=True, cwd=script.parent, timeout=900)
+
+
+@pytest.mark.slow
+def test_default_run_learns(tmp_path):
+    done = run_script("--output_dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    with open(tmp_path / "run" / "metrics.jsonl") as lines:
+        rewards = [row["reward"] for row in map(json.loads, lines) if row["stage"] == "ppo"]
+    assert sum(rewards[-5:]) > sum(rewards[:5]), "PPO must raise the reward"
+    assert 0 < results["kl_per_summary"] < 15
+    # bounds far from what the README's table reports: this is a smoke test, not a measurement
+    assert results["ppo_vs_reference"]["low"] > results["sft_vs_reference"]["high"]
+    assert results["ppo_vs_sft"]["low"] > 0.5
+    assert results["reward_accuracy"] > results["reward_accuracy_longest_wins"] + 0.03
+    assert results["reward_accuracy"] > results["reward_accuracy_post_blind"] + 0.03
+    assert min(results["fact_accuracy"].values()) > 0.85
+    assert (tmp_path / "run" / "report.md").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil, message", [
+    (lambda row: row.update(choice=2), "choice"),
+    (lambda row: row.pop("choice"), "choice"),
+    (lambda row: row["summaries"].pop(), "summaries"),
+    (lambda row: row["summaries"][0].update(text=None), "text"),
+    (lambda row: row["info"].update(post=7), "post"),
+])
+def test_a_bad_row_ends_in_one_line_with_its_number(spoil, message, tmp_path):
+    arguments = [*real_rows(tmp_path), "--judge", "longest"]
+    lines = (tmp_path / "comparisons.jsonl").read_text().splitlines()
+    row = json.loads(lines[4])
+    spoil(row)
+    lines[4] = json.dumps(row)
+    (tmp_path / "comparisons.jsonl").write_text("\n".join(lines))
+    done = run_script(*arguments)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert "comparisons.jsonl" in line and "row 5" in line and message in line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["lm.py", "reward.py", "ppo.py", "judge.py", "tldr.py"])
+def test_worked_examples_print(script):
+    folder = Path(rlhf_minimal.__file__).parent
+    done = subprocess.run([sys.executable, folder / script], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
