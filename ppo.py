@@ -135,7 +135,8 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
     mask = check_mask(mask)
     values, old_values, returns = zero_off(mask, values, old_values, returns)
     plain = (values - returns) ** 2
-    near_old = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    # not old + clamp(new - old), which is off new by a rounding error where nothing is clipped
+    near_old = values.clamp(old_values - clip_range, old_values + clip_range)
     clipped = (near_old - returns) ** 2
     loss = 0.5 * masked_mean(torch.max(plain, clipped), mask)
     return loss, masked_mean((clipped > plain).float(), mask)
