@@ -103,7 +103,8 @@ def get_log_probs(logits, labels, temperature=1.0):
     the rollouts are sampled at, so that these are the log-probs of the policy that acted.
     Raises ValueError on unequal shapes or a temperature that is not positive.
     """
-    check_shapes(**{"logits[..., 0]": logits[..., 0], "labels": labels})
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} must be labels {tuple(labels.shape)} and V")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     # float32 at least: bfloat16 has three digits, too coarse for a ratio

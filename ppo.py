@@ -5,6 +5,7 @@ policy and the critic, four passes over each batch. `python ppo.py` prints a wor
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -115,8 +116,9 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
     check_shapes(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
     mask = check_mask(mask)
     log_probs, old_log_probs, advantages = zero_off(mask, log_probs, old_log_probs, advantages)
-    # exp overflows float32 at 88; inf would make the gradient NaN where the clip has already won
-    ratio = torch.exp((log_probs - old_log_probs).clamp(max=80))
+    # beyond 88 exp overflows float32, and inf would make the gradient NaN where the clip has won
+    largest = math.floor(math.log(torch.finfo(log_probs.dtype).max))
+    ratio = torch.exp((log_probs - old_log_probs).clamp(max=largest))
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     loss = masked_mean(torch.max(plain, clipped), mask)
