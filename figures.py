@@ -1,4 +1,4 @@
-"""What a person looks at: the end of a run, its report.md and its pictures.
+"""What a person looks at: what is measured of a run, its report.md and its pictures.
 
 Without matplotlib (the plots extra) the report has everything but the pictures, and says so.
 """
@@ -7,13 +7,108 @@ import json
 import re
 import textwrap
 
+import torch
+
+import toy
+from judge import best_of_n_kl, judge_pairwise, length_controlled_win_rate, win_rate
+from reward import preference_accuracy
+from run import peak_memory_bytes
+
 # One colour for one thing in every picture; Okabe-Ito, which colour-blind readers can tell apart
 COLORS = {"reward": "#0072B2", "kl": "#D55E00", "truth": "#009E73", "reference": "#E69F00",
           "sft": "#56B4E9", "length": "#666666"}
 
 
-def draw_run(folder, results):
-    """Draw curves.png and win_rates.png into folder from metrics.jsonl; returns their names."""
+# ---------------------------------------------------------------------------- what is measured
+
+
+def mean(numbers):
+    numbers = list(numbers)
+    return sum(numbers) / len(numbers)
+
+
+def mean_words(summaries):
+    return mean(len(summary.split()) for summary in summaries)
+
+
+def judged(run, judge, name, posts, ours, theirs):
+    """Win rate of our summaries, as results.json has it, and the outcomes; name is the judge's."""
+    outcomes = judge_pairwise(judge, posts, ours, theirs)
+    rate = win_rate(outcomes)
+    answered = rate.total - rate.abstentions
+    if not answered:
+        run.warn("judge", f"the judge {name} abstained on all {rate.total} posts: its win rates are"
+                 " empty; choose another one")
+    lengths = [[len(text) + 1 for text in side] for side in (ours, theirs)]  # "" has no logarithm
+    return {"n": answered, "judge": name, **rate._asdict(),
+            "length_controlled": length_controlled_win_rate(outcomes, *lengths),
+            "mean_length": mean_words(ours), "mean_length_other": mean_words(theirs)}, outcomes
+
+
+def judge_during(run, update, ask, posts, summaries, sft_summaries):
+    """Log the win rates of the policy after a PPO update."""
+    line = {"length": mean_words(summaries)}
+    references = [post["summary"] for post in posts]
+    for name, theirs in (("reference", references), ("sft", sft_summaries)):
+        rate, _ = ask(posts, summaries, theirs)
+        line |= {f"vs_{name}_{key}": rate[key] for key in ("win_rate", "low", "high", "n")}
+    if "facts" in posts[0]:  # the tiny world
+        line["true_quality"] = mean(map(toy.true_quality, posts, summaries))
+    run.log("judge", update, **line, judge=rate["judge"])
+
+
+def best_of_n(write, reward_of, model, posts, n):
+    """Best-of-n as a policy of its own (App. G.3): n samples at T = 0.7, the best by reward."""
+    repeated = [post for post in posts for _ in range(n)]
+    samples = write(model, repeated, 0.7, "best of n")
+    scores = reward_of(repeated, samples)
+    rows = range(0, len(samples), n)
+    return [samples[max(range(row, row + n), key=scores.__getitem__)] for row in rows]
+
+
+def finish(run, settings, results, ask, reward_of, write, sft, policy, posts):
+    """Judge what was trained on held-out posts; complete, save, report and return the results."""
+    few = posts[: settings.judge_during]
+    with run.timed("judge"):
+        references = [post["summary"] for post in posts]
+        sft_summaries, summaries = write(sft, posts), write(policy, posts)
+        results["sft_vs_reference"], _ = ask(posts, sft_summaries, references)
+        results["ppo_vs_reference"], vs_reference = ask(posts, summaries, references)
+        results["ppo_vs_sft"], vs_sft = ask(posts, summaries, sft_summaries)
+        best = best_of_n(write, reward_of, sft, few, settings.best_of_n)
+        results["best_of_n_vs_reference"], _ = ask(few, best, references[: len(few)])
+        results["best_of_n_kl"] = best_of_n_kl(settings.best_of_n)
+        if "facts" in posts[0]:  # the tiny world
+            ideal, swapped = toy.swapped_fact_pairs(posts, run.seed)
+            results["ideal_vs_reference"], _ = ask(posts, ideal, references)
+            results["reward_accuracy_swapped_fact"] = preference_accuracy(
+                *(torch.tensor(reward_of(posts, side)) for side in (ideal, swapped)))
+        rewards = [reward_of(posts, side) for side in (sft_summaries, summaries)]
+    results |= {"kl_per_summary": run.history("ppo")[-1]["kl_per_summary"],
+                "reward_sft": mean(rewards[0]), "reward_ppo": mean(rewards[1]),
+                "mean_length_sft": mean_words(sft_summaries),
+                "mean_length_ppo": mean_words(summaries),
+                "mean_length_reference": mean_words(references)}
+    columns = ("post", "reference", "sft", "ppo", "reward_sft", "reward_ppo", "ppo_vs_reference",
+               "ppo_vs_sft", "judge")
+    shown = [{key: post[key] for key in ("subreddit", "title", "post")} for post in posts]
+    samples = [dict(zip(columns, (*row, results["ppo_vs_sft"]["judge"]))) for row in zip(
+        shown, references, sft_summaries, summaries, *rewards, vs_reference, vs_sft)]
+    run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
+    results |= {"warnings": list(run.warnings.values()), "seconds": run.total_seconds(),
+                "peak_memory_bytes": peak_memory_bytes()}
+    report(run, results, samples)
+    run.write("results.json", results)  # last: it marks the run as finished
+    run.remove("checkpoints")
+    return results
+
+
+# ---------------------------------------------------------------------------- what is drawn
+
+
+def draw_run(run, results):
+    """Draw curves.png and win_rates.png into the run's folder; returns their names."""
+    folder = run.folder
     try:
         import matplotlib
 
@@ -21,10 +116,7 @@ def draw_run(folder, results):
         import matplotlib.pyplot as plt
     except ImportError:
         return []
-    with open(folder / "metrics.jsonl", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
-    stage = {name: [row for row in rows if row["stage"] == name]
-             for name in ("sft", "reward", "ppo", "judge")}
+    stage = {name: run.history(name) for name in ("sft", "reward", "ppo", "judge")}
 
     fig, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
     curve(axes[0, 0], stage["sft"], "loss", "SFT loss (nats per token)", "step", COLORS["sft"])
@@ -39,7 +131,7 @@ def draw_run(folder, results):
     axis = axes[1, 2]
     for name in ("reference", "sft"):
         points = [(row["step"], *(row[f"vs_{name}_{key}"] for key in ("win_rate", "low", "high")))
-                  for row in stage["judge"]]
+                  for row in stage["judge"] if row[f"vs_{name}_n"]]  # not if all abstained
         if points:
             x, y, low, high = zip(*points)
             axis.plot(x, y, marker="o", color=COLORS[name], label=f"PPO against {name}")
@@ -136,8 +228,9 @@ def report(run, results, samples):
              *("| " + " | ".join(row) + " |" for row in table[1:]), "",
              "| measure | value |", "|---|---|",
              *(f"| {key} | {value:.4g} |" for key, value in results.items()
-               if isinstance(value, float)), ""]
-    pictures = draw_run(run.folder, results)
+               if isinstance(value, float)), "",
+             *(f"**Warning:** {cell(text)}\n" for text in results["warnings"])]
+    pictures = draw_run(run, results)
     lines += [f"![{name}]({name})\n" for name in pictures] or [
         "No pictures: matplotlib is not installed (`pip install -e \".[plots]\"`).\n"]
     if not pictures:

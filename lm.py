@@ -29,6 +29,13 @@ def check_mask(mask):
     return mask
 
 
+def check_finite(**tensors):
+    """Raise FloatingPointError that names the first tensor with a NaN or an infinity."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{name.replace('_', ' ')} is NaN or infinite")
+
+
 def zero_off(mask, *tensors):
     """Zeros where mask is False. torch.where never reads what it drops, whereas NaN * 0 is NaN."""
     return [torch.where(mask, tensor, torch.zeros_like(tensor)) for tensor in tensors]
@@ -140,6 +147,7 @@ def generator_for(seed, *names, device="cpu"):
 def next_token(logits, temperature, top_p, generator):
     """logits (B, V) -> token ids (B,). Temperature 0 is greedy; top_p keeps the fewest most likely
     tokens whose probability reaches top_p, the token that crosses it included."""
+    check_finite(logit=logits.max(-1).values)  # the maximum of a NaN and anything is NaN
     if temperature == 0:
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() / temperature, dim=-1)
@@ -259,7 +267,7 @@ def train_sft(run, model, queries, responses, pad_id, config):
     optimizer = torch.optim.Adam(model.parameters(), lr=config.sft_lr, betas=(0.9, 0.95))
     total, rows = epoch_batches(len(queries), config.sft_batch_size, config.sft_epochs,
                                 run.seed, "sft")
-    for step in run.steps("sft", total):
+    for step in run.steps("sft", total, model=model, optimizer=optimizer):
         batch = rows(step)
         input_ids, mask, width = join([queries[i] for i in batch], [responses[i] for i in batch],
                                       pad_id, model.device)
@@ -269,14 +277,17 @@ def train_sft(run, model, queries, responses, pad_id, config):
         run.log("sft", step, loss=loss.item())
 
 
-def update(optimizer, loss, lr, max_grad_norm=math.inf):
-    """One optimiser step at learning rate lr; returns the gradient norm before clipping."""
+def update(optimizer, loss, lr, max_grad_norm=math.inf, name="loss"):
+    """One optimiser step at learning rate lr; returns the gradient norm before clipping. Raises
+    FloatingPointError, the weights unchanged, where loss or gradient is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
+    check_finite(**{name: loss})
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    check_finite(**{f"gradient of the {name}": norm})
     optimizer.step()
     return norm.item()
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from transformers.hf_argparser import HfArg
 
-from lm import check_mask, check_shapes, generator_for, get_response_mask, linear_schedule
-from lm import masked_mean, pad, response_log_probs, sample, update, zero_off
+from lm import check_finite, check_mask, check_shapes, generator_for, get_response_mask
+from lm import linear_schedule, masked_mean, pad, response_log_probs, sample, update, zero_off
 
 
 @dataclass
@@ -200,6 +200,22 @@ def check_first_update(log_probs, batch, tolerance=1e-4):
                 "half precision")
 
 
+KL_BOUND = 40  # nats per summary; the paper's own runs end below 20 (Table 9)
+
+
+def warn_of_collapse(run):
+    """Say out loud what the curves of a run gone wrong show. The bounds are ours."""
+    first, *_, last = 2 * run.history("ppo")
+    if last["kl_per_summary"] > KL_BOUND:
+        run.warn("kl", f"ppo step {last['step']}: KL {last['kl_per_summary']:.0f} nats per summary,"
+                 f" beyond {KL_BOUND}: the reward model has not seen such summaries and may be "
+                 "fooled; raise kl_beta or lower ppo_lr")
+    for name, unit, part in (("length", "tokens", 4), ("entropy", "nats per token", 10)):
+        if last[name] < first[name] / part:
+            run.warn(name, f"ppo step {last['step']}: {name} {last[name]:.2g} {unit}, down from "
+                     f"{first[name]:.2g}: the policy has collapsed; raise kl_beta or lower ppo_lr")
+
+
 def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=None):
     """Step 3. Changes policy in place and returns the critic.
 
@@ -216,13 +232,15 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
 
     posts_per_update = max(1, config.ppo_batch_size // config.return_sequences)
     total = max(1, config.ppo_episodes // config.ppo_batch_size)
-    for step in run.steps("ppo", total):
+    for step in run.steps("ppo", total, snapshot=True, policy=policy, critic=critic,
+                          policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer):
         generator = generator_for(run.seed, "ppo", step, device=policy.device)
         chosen = range(step * posts_per_update, (step + 1) * posts_per_update)
         # every summary of a post is trained on: a best-of-n choice would not be pi_old's sample
         batch = rollout(policy, reference, reward_model, critic,
                         [queries[i % len(queries)] for i in chosen
                          for _ in range(config.return_sequences)], tokenizer, config, generator)
+        check_finite(reward=batch["scores"], KL=batch["kl"], **{"return": batch["returns"]})
         lr = config.ppo_lr * linear_schedule(step, total)
         width = batch["mask"].shape[1]
         stats = []
@@ -238,13 +256,13 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
                                        1e-4 if policy.dtype == torch.float32 else 5e-2)
                 loss, clip_fraction = policy_loss(log_probs, part["log_probs"], part["advantages"],
                                                   part["mask"], config.clip_range)
-                update(policy_optimizer, loss, lr, config.max_grad_norm)
+                update(policy_optimizer, loss, lr, config.max_grad_norm, "policy_loss")
 
                 values = response_values(critic, *inputs)
                 critic_loss, value_clip_fraction = value_loss(
                     values, part["values"], part["returns"], part["mask"], config.clip_range_value)
                 update(critic_optimizer, config.value_weight * critic_loss, lr,
-                       config.max_grad_norm)
+                       config.max_grad_norm, "value_loss")
                 stats.append([loss.item(), critic_loss.item(), clip_fraction.item(),
                               value_clip_fraction.item()])
         loss, critic_loss, clip_fraction, value_clip_fraction = torch.tensor(stats).mean(0).tolist()
@@ -255,6 +273,7 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
                 ended=batch["ended"].float().mean().item(), policy_loss=loss,
                 value_loss=critic_loss, clip_fraction=clip_fraction,
                 value_clip_fraction=value_clip_fraction, lr=lr)
+        warn_of_collapse(run)
         if evaluate:
             evaluate(step + 1)
     return critic

@@ -107,7 +107,7 @@ def train_reward(run, reward_model, pairs, pad_id, config):
     optimizer = torch.optim.Adam(reward_model.parameters(), lr=config.reward_lr)
     total, rows = epoch_batches(len(pairs), config.reward_batch_size, config.reward_epochs,
                                 run.seed, "reward")
-    for step in run.steps("reward", total):
+    for step in run.steps("reward", total, model=reward_model, optimizer=optimizer):
         queries, chosen, rejected = zip(*(pairs[i] for i in rows(step)))
         # one forward pass for both, so that they share one padding (N+ study, detail 10)
         input_ids, mask, _ = join(queries + queries, chosen + rejected, pad_id, device)

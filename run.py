@@ -1,16 +1,29 @@
-"""What any long run needs and no equation mentions: its folder, its metrics, its progress bar."""
+"""What any long run needs and no equation mentions: folder, checkpoints, resume, progress.
 
+A run that is killed at any moment and resumed ends bit for bit where it would have ended: nothing
+random has a state (lm.generator_for); what is no training loop is simply done again, since it
+depends on seed and weights alone; and each training loop takes its steps from `Run.steps`, which
+first puts weights, optimisers and metrics back as the last checkpoint has them.
+"""
+
+import hashlib
 import json
+import math
+import mmap
 import os
 import platform
-import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
+import torch
+from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 
@@ -18,36 +31,253 @@ class SettingError(ValueError):
     """Something the user typed, in one line: what it was, what was expected, what to do."""
 
 
+# ---------------------------------------------------------------------------- may we write there?
+
+OURS = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.md", "curves.png",
+        "true_quality.png", "win_rates.png", "sft", "reward_model", "policy", "critic",
+        "checkpoints", ".partial", ".lock")
+MAY_DIFFER = {"resume", "restart", "output_dir", "save_seconds", "files", "environment"}
+
+
+def digest(path):
+    """SHA-256 of the content of a file, or of all files in a folder, shortened."""
+    sha = hashlib.sha256()
+    for file in (path, *sorted(path.rglob("*"))):
+        if file.is_file() and file.stat().st_size:  # an empty file has no memory to map
+            with file.open("rb") as stream:
+                sha.update(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+    return sha.hexdigest()[:16]
+
+
+def describe(settings):
+    """What config.json holds: settings, versions, and a digest of each file a result depends on."""
+    here = Path(__file__).resolve().parent
+    given = {Path(value) for key, value in settings.items()
+             if isinstance(value, str) and key != "output_dir"}
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True)
+    return {**settings,
+            "files": {path.name: digest(path) for path in sorted({*here.glob("*.py"), *given})
+                      if path.exists()},
+            "environment": {"git_commit": commit.stdout.decode().strip() or None,
+                            "python": platform.python_version(),
+                            "threads": torch.get_num_threads(),
+                            **{name: version(name) for name in ("torch", "transformers")}}}
+
+
+def check_folder(folder, config, restart=False, resume=False):
+    """Raise SettingError for a folder that may not be written to, or a run to resume that was begun
+    with other settings or files. Changes nothing."""
+    name, folder = f"--output_dir {folder}", Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise SettingError(f"{name}: expected a folder, found a file")
+    found = {path.name for path in folder.glob("*")} - {".lock", ".partial"}
+    if not found:
+        return
+    try:
+        old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        old, versions = {**old, **old["files"]}, old["environment"]
+    except (OSError, ValueError, KeyError, TypeError):  # a model's folder has a config.json too
+        raise SettingError(f"{name} holds other files ({min(found)}, ...): nothing is ever deleted "
+                           "there, choose a new folder") from None
+    if not restart and not resume:
+        raise SettingError(f"{name} already holds a run: choose a new folder, go on with --resume, "
+                           "or throw that run away with --restart")
+    now = {**config, **config["files"]}
+    for key in sorted((old.keys() | now.keys()) - MAY_DIFFER) if resume else ():
+        if old.get(key) != now.get(key):
+            raise SettingError(f"{name}: can't be resumed, {key} was {old.get(key)} and is now "
+                               f"{now.get(key)}; put it back, or begin anew with --restart")
+    for key, value in config["environment"].items() if resume else ():
+        if versions.get(key) != value and key != "git_commit":
+            print(f"note: this run began with {key} {versions.get(key)}, here it is {value}: the "
+                  "result may differ in the last digits")
+
+
+def choose_folder(preset, resume):
+    """runs/<preset>-<n> with the first n that is free, or to resume the last one that is not."""
+    n = 1
+    while Path(f"runs/{preset}-{n}").exists():
+        n += 1
+    return f"runs/{preset}-{max(1, n - 1) if resume else n}"
+
+
+# ---------------------------------------------------------------------------- what is saved
+
+
+def flatten(parts, copy=False):
+    """Modules and optimizers by name -> {"policy/head.bias": tensor, "optimizer/0/exp_avg": tensor,
+    ...} on the CPU: trainable parameters and Adam's averages."""
+    tensors = {}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            rows = [(key, p.detach()) for key, p in part.named_parameters() if p.requires_grad]
+        else:
+            rows = [(f"{i}/{key}", average) for i, averages in part.state_dict()["state"].items()
+                    for key, average in averages.items()]
+        tensors |= {f"{name}/{key}": tensor.to("cpu", copy=copy) for key, tensor in rows}
+    return tensors
+
+
+def put_back(parts, tensors):
+    """The reverse of flatten, in place."""
+    for name, part in parts.items():
+        own = {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items()
+               if key.startswith(f"{name}/")}
+        if isinstance(part, torch.nn.Module):
+            part.load_state_dict(own, strict=False)
+        else:
+            states = {}
+            for key, tensor in own.items():
+                i, average = key.split("/")
+                states.setdefault(int(i), {})[average] = tensor
+            part.load_state_dict({**part.state_dict(), "state": states})
+
+
+def finite(value):
+    """The same with None for NaN and infinity, which JSON doesn't have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Run:
     """The folder of one run. Stages ask it for their steps and tell it their metrics."""
 
-    def __init__(self, folder, seed, restart=False):
-        self.folder, self.seed, self.seconds = Path(folder), seed, {}
-        if self.folder.exists() and not self.folder.is_dir():
-            raise SettingError(f"--output_dir {folder}: expected a folder, found a file")
-        found = sorted(path.name for path in self.folder.glob("*"))
-        if found and "config.json" not in found:
-            raise SettingError(f"--output_dir {folder} holds other files ({found[0]}, ...): "
-                               "nothing is ever deleted there, choose a new folder")
-        if found and not restart:
-            raise SettingError(f"--output_dir {folder} already holds a run: choose a new folder, "
-                               "or throw that run away with --restart")
+    def __init__(self, folder, config, restart=False, resume=False, save_seconds=30):
+        check_folder(folder, config, restart, resume)
+        self.folder, self.seed, self.save_seconds = Path(folder), config["seed"], save_seconds
+        self.lines, self.warnings, self.seconds = [], {}, {}
+        self.stage, self.step, self.before, self.stopping = "start", 0, None, False
+        self.started = time.perf_counter()
         try:
-            if found:
-                shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.metrics = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")
+            self.lock = FileLock(self.folder / ".lock")  # the system frees it, whatever kills us
+            self.lock.acquire(timeout=0)
+        except Timeout:
+            raise SettingError(f"--output_dir {folder}: another process is writing there, wait for "
+                               "it or choose another folder") from None
         except OSError as error:
             raise SettingError(f"--output_dir {folder}: cannot write there ({error.strerror}), "
                                "choose another folder") from None
+        check_folder(folder, config, restart, resume)  # again, now that nobody else writes there
+        for name in OURS[:-1] if restart else ():
+            self.remove(name)
+        if not (self.folder / "config.json").exists():
+            self.write("config.json", config)
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        self.write("metrics.jsonl", "")  # the lines so far are in the checkpoints
 
-    def steps(self, stage, total):
-        """Yield 0 .. total-1 under a progress bar; the time they take goes to seconds[stage]."""
-        start = time.perf_counter()
-        with tqdm(range(total), desc=stage, disable=None, mininterval=0.5, leave=False) as bar:
-            self.bar = bar
-            yield from bar
-        self.seconds[stage] = time.perf_counter() - start
+    def remove(self, name):
+        path = self.folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    @contextmanager
+    def whole(self, name):
+        """A path to write a file or folder to that gets its name at the end, so that a kill or a
+        full disk leaves all of it or nothing. name: a string, or a function of that path."""
+        self.remove(".partial")  # left by a kill
+        partial = self.folder / ".partial"
+        yield partial
+        for path in (partial, *partial.rglob("*")):
+            if path.is_file():
+                with path.open("r+b") as file:
+                    os.fsync(file.fileno())  # a power cut must not leave a name without content
+        os.replace(partial, self.folder / (name if isinstance(name, str) else name(partial)))
+
+    def write(self, name, content):
+        """Write text, or anything else as JSON, to a file of the folder."""
+        text = content if isinstance(content, str) else json.dumps(finite(content), indent=2) + "\n"
+        with self.whole(name) as path:
+            path.write_text(text, encoding="utf-8")
+
+    def save_model(self, name, *parts):
+        """Write a model and its tokenizer to a folder, unless they are there already."""
+        if not (self.folder / name).exists():
+            with self.whole(name) as path:
+                for part in parts:
+                    part.save_pretrained(path)
+
+    def steps(self, stage, total, snapshot=False, **parts):
+        """Yield the steps of a stage under a progress bar, from where its last checkpoint stands.
+
+        parts: the modules and optimizers that the stage changes. snapshot: a step changes them more
+        than once, so a copy from before it is kept in case it goes wrong.
+        """
+        first, saved = self.restore(stage, parts), time.perf_counter()
+        start = saved - self.seconds.get(stage, 0)
+        with tqdm(range(first, total), desc=stage, initial=first, total=total, disable=None,
+                  mininterval=0.5, leave=False) as self.bar:
+            for step in self.bar:
+                copy = flatten(parts, copy=True) if snapshot else None
+                self.stage, self.step, self.before = stage, step, lambda: copy or flatten(parts)
+                yield step
+                self.seconds[stage] = time.perf_counter() - start
+                done = step + 1 == total
+                if done or self.stopping or time.perf_counter() - saved >= self.save_seconds:
+                    # what is finished needs its optimizers no more
+                    self.save(stage, step + 1, flatten({name: part for name, part in parts.items()
+                              if not done or isinstance(part, torch.nn.Module)}))
+                    saved = time.perf_counter()
+                if self.stopping:
+                    raise KeyboardInterrupt
+        self.before = None
+
+    def total_seconds(self):
+        """Seconds by stage, and of all processes that worked on this run, without lost work."""
+        return {**self.seconds, "total": time.perf_counter() - self.started}
+
+    def save(self, stage, step, tensors):
+        """Write a checkpoint, whose name tells the digest of its content, and keep the last two."""
+        state = {"step": step, "seconds": self.total_seconds(), "warnings": self.warnings,
+                 "lines": self.lines}
+        tensors["state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        name = f"checkpoints/{stage}-{step:08d}"
+        with self.whole(lambda path: f"{name}-{digest(path)}.safetensors") as path:
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+        for old in sorted((self.folder / "checkpoints").glob(f"{stage}-*"))[:-2]:
+            old.unlink()
+
+    def restore(self, stage, parts):
+        """Put parts and metrics back from the newest undamaged checkpoint; returns its step."""
+        for path in sorted((self.folder / "checkpoints").glob(f"{stage}-*"), reverse=True):
+            if path.stem.endswith(digest(path)):
+                tensors = load_file(path)
+                state = json.loads(bytes(tensors.pop("state").tolist()))
+                put_back(parts, tensors)
+                self.lines, self.warnings = state["lines"], state["warnings"]
+                self.seconds = state["seconds"]
+                self.started = time.perf_counter() - self.seconds["total"]
+                self.write("metrics.jsonl", "".join(line + "\n" for line in self.lines))
+                return state["step"]
+            print(f"{path} is damaged: going on from the one before it, or else from the beginning "
+                  f"of {stage}")
+            path.unlink()
+        return 0
+
+    @contextmanager
+    def guarded(self):
+        """Ctrl-C and SIGTERM save after the step they fall into, a second one stops at once; where
+        something becomes NaN or infinite, the state before that step is saved."""
+        def stop(*_):
+            if self.stopping or not self.before:  # between the stages there is nothing to save
+                raise KeyboardInterrupt
+            self.stopping = True
+            tqdm.write("finishing this step, then saving; once more to stop at once")
+
+        handlers = {number: signal.signal(number, stop)
+                    for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        except FloatingPointError as error:
+            if self.before:
+                self.save(self.stage, self.step, self.before())
+            raise SettingError(
+                f"{self.stage} step {self.step}: {error}; the state before it is saved in "
+                f"{self.folder / 'checkpoints'}. Lower {self.stage}_lr and begin anew") from None
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.lock.release()
 
     @contextmanager
     def timed(self, stage):
@@ -58,49 +288,28 @@ class Run:
 
     def log(self, stage, step, **metrics):
         """Append a line to metrics.jsonl and show the numbers beside the progress bar."""
-        self.metrics.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
-        self.metrics.flush()
-        if getattr(self, "bar", None) is not None:
-            shown = {name: f"{value:.3g}" for name, value in metrics.items()
-                     if isinstance(value, float)}
-            self.bar.set_postfix(dict(list(shown.items())[:4]), refresh=False)
+        self.lines.append(json.dumps(finite({"stage": stage, "step": step, **metrics})))
+        with open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
+            file.write(self.lines[-1].encode() + b"\n")
+        shown = {key: f"{value:.3g}" for key, value in metrics.items() if isinstance(value, float)}
+        self.bar.set_postfix(dict(list(shown.items())[:4]), refresh=False)
 
     def history(self, stage):
         """The logged lines of one stage, as dicts."""
-        with open(self.folder / "metrics.jsonl", encoding="utf-8") as lines:
-            return [line for line in map(json.loads, lines) if line["stage"] == stage]
+        return [line for line in map(json.loads, self.lines) if line["stage"] == stage]
 
-    def write(self, name, content):
-        """Write text, or anything else as JSON, to a file of the folder."""
-        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        (self.folder / name).write_text(text, encoding="utf-8")
-
-
-def fresh_folder(preset):
-    """runs/<preset>-<n> with the first n that is free."""
-    n = 1
-    while Path(f"runs/{preset}-{n}").exists():
-        n += 1
-    return f"runs/{preset}-{n}"
-
-
-def environment():
-    """Package versions and git commit, for config.json."""
-    import datasets
-    import torch
-    import transformers
-
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
-                                cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "datasets": datasets.__version__,
-            "git_commit": commit or None, "cpu_count": os.cpu_count()}
+    def warn(self, kind, text):
+        """Say text in the terminal and in the report, once for each kind."""
+        if kind not in self.warnings:
+            self.warnings[kind] = text
+            tqdm.write(f"warning: {text}")
 
 
 def peak_memory_bytes():
     """Largest resident memory of this process (Linux counts in KiB, macOS in bytes)."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

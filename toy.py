@@ -193,12 +193,14 @@ def make_comparisons(posts, samples_a, samples_b, seed):
 
 
 def swapped_fact_pairs(posts, seed):
-    """(post, ideal summary, the same with one fact swapped): what only a reader can tell apart."""
+    """Ideal summaries, and the same with one fact swapped: what only a reader can tell apart."""
     rng = random.Random(f"swapped {seed}")
+    swapped = []
     for post in posts:
         name = rng.choice(list(FACTS))
         other = rng.choice([value for value in FACTS[name] if value != post["facts"][name]])
-        yield post, ideal_summary(post), ideal_summary({"facts": {**post["facts"], name: other}})
+        swapped.append(ideal_summary({"facts": {**post["facts"], name: other}}))
+    return [ideal_summary(post) for post in posts], swapped
 
 
 def label_ceiling(comparisons):

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers import GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, Qwen2Config
 
+import figures
 import lm
 import ppo
 import reward
@@ -23,6 +24,10 @@ from run import Run
 torch.set_num_threads(1)
 TOKENIZER = SimpleNamespace(eos_token_id=9, pad_token_id=0)
 QUERIES = [[3, 4, 5], [6, 7], [5], [8, 3, 3, 4]] * 4
+
+
+def new_run(folder, **flags):
+    return Run(folder, {"seed": 0, "files": {}, "environment": {}}, **flags)
 
 
 class Vocabulary(SimpleNamespace):
@@ -54,7 +59,7 @@ def test_ppo_trains_policy_and_critic_and_nothing_else(model, tmp_path):
     reward_model = reward.RewardModel(model)
     reward_model.reference_mean.fill_(0.7)
     sft, before = weights(model), weights(reward_model)
-    critic = ppo.train_ppo(Run(tmp_path / "run", 0), model, reward_model, QUERIES, TOKENIZER,
+    critic = ppo.train_ppo(new_run(tmp_path / "run"), model, reward_model, QUERIES, TOKENIZER,
                            config())
     assert not same(sft, model), "the policy never changed: is its optimiser on its own weights?"
     assert not same(before, critic), "the critic never changed"
@@ -67,7 +72,7 @@ def test_critic_starts_as_the_whole_reward_model(model, tmp_path):
     reward_model = reward.RewardModel(model)
     reward_model.reference_mean.fill_(0.7)
     reward_model.head.bias.data.fill_(0.3)
-    critic = ppo.train_ppo(Run(tmp_path / "run", 0), model, reward_model, QUERIES, TOKENIZER,
+    critic = ppo.train_ppo(new_run(tmp_path / "run"), model, reward_model, QUERIES, TOKENIZER,
                            config(ppo_lr=0.0))
     ids, mask, _ = lm.join(QUERIES[:3], [[1, 9], [2, 2, 9], [9]], 0)
     real = mask.bool()
@@ -91,7 +96,7 @@ def test_policy_step_leaves_critic_without_gradient_and_the_reverse(model):
 
 
 def test_learning_rate_of_update_u_is_linear(model, tmp_path):
-    run = Run(tmp_path / "run", 0)
+    run = new_run(tmp_path / "run")
     ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES, TOKENIZER,
                   config(ppo_episodes=64, ppo_lr=1.5e-5))
     # U = 4: checklist item 45
@@ -104,7 +109,7 @@ def test_ppo_raises_the_probability_of_what_is_rewarded(model, tmp_path):
         def score(self, input_ids, attention_mask):
             return (input_ids == 7).sum(1).float()
 
-    run = Run(tmp_path / "run", 0)
+    run = new_run(tmp_path / "run")
     ppo.train_ppo(run, model, LikesSevens(model), [[3, 4], [5]], TOKENIZER,
                   config(ppo_episodes=640, ppo_batch_size=32, ppo_lr=5e-3, kl_beta=0.01))
     rewards = [row["reward"] for row in run.history("ppo")]
@@ -139,7 +144,7 @@ def test_rollout_pays_the_minus_one_only_where_no_eos_was_drawn(model):
 
 
 def test_minibatches_and_several_responses_of_a_post(model, tmp_path):
-    run = Run(tmp_path / "run", 0)
+    run = new_run(tmp_path / "run")
     ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES, TOKENIZER,
                   config(ppo_minibatches=3, return_sequences=4))
     assert len(run.history("ppo")) == 2
@@ -148,7 +153,7 @@ def test_minibatches_and_several_responses_of_a_post(model, tmp_path):
 def test_sft_learns_the_response_and_ignores_the_query(model, tmp_path):
     torch.manual_seed(1)
     sft = SimpleNamespace(sft_lr=1e-2, sft_batch_size=8, sft_epochs=30)
-    lm.train_sft(Run(tmp_path / "run", 0), model, QUERIES, [[7, 2, 9]] * 16, 0, sft)
+    lm.train_sft(new_run(tmp_path / "run"), model, QUERIES, [[7, 2, 9]] * 16, 0, sft)
     ids, mask, width = lm.join(QUERIES, [[7, 2, 9]] * 16, 0)
     likely = lm.response_log_probs(model, ids, mask, 3).exp()
     assert likely.min() > 0.8, "response and EOS are to be learned"
@@ -157,7 +162,7 @@ def test_sft_learns_the_response_and_ignores_the_query(model, tmp_path):
 
 
 def test_sft_loss_is_the_mean_over_response_tokens(model, tmp_path):
-    run = Run(tmp_path / "run", 0)
+    run = new_run(tmp_path / "run")
     ids, mask, width = lm.join(QUERIES[:2], [[7, 2, 9], [9]], 0)
     logits = model(input_ids=ids, attention_mask=mask,
                    position_ids=lm.get_position_ids(mask)).logits.double().log_softmax(-1)
@@ -172,7 +177,7 @@ def test_reward_model_learns_and_is_normalised(model, tmp_path):
     torch.manual_seed(2)
     reward_model = reward.RewardModel(model)
     pairs = [(query, [1, 7, 9], [1, 2, 9]) for query in QUERIES] * 8  # a 7 is better than a 2
-    run = Run(tmp_path / "run", 0)
+    run = new_run(tmp_path / "run")
     reward.train_reward(run, reward_model, pairs, 0, SimpleNamespace(
         reward_lr=3e-3, reward_batch_size=8, reward_epochs=1))
     history = run.history("reward")
@@ -205,9 +210,8 @@ def test_length_and_post_blind_baselines():
 
 def test_best_of_n_takes_the_best_by_score():
     texts = iter(["a", "bbb", "bb", "c", "cccc", "cc"])
-    best = rlhf_minimal.best_of_n(lambda model, posts, *rest: [next(texts) for _ in posts],
-                                  lambda posts, samples: [len(s) for s in samples],
-                                  SimpleNamespace(device="cpu"), ["p", "q"], 3, 0)
+    best = figures.best_of_n(lambda model, posts, *rest: [next(texts) for _ in posts],
+                             lambda posts, samples: [len(s) for s in samples], None, ["p", "q"], 3)
     assert best == ["bbb", "cccc"]
 
 
@@ -229,7 +233,7 @@ def test_ppo_on_every_architecture_also_with_pad_equal_eos(name, pad_token_id, t
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(ARCHITECTURES[name]).eval()
     before = weights(model)
-    run = Run(tmp_path / "run", 0)
+    run = new_run(tmp_path / "run")
     ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES,
                   SimpleNamespace(eos_token_id=9, pad_token_id=pad_token_id), config())
     assert not same(before, model)
@@ -370,15 +374,6 @@ def test_bad_settings_end_in_one_line(arguments, message, tmp_path, monkeypatch)
         rlhf_minimal.main(arguments)
     assert message in str(stop.value.code) and "\n" not in str(stop.value.code)
     assert all(path.read_text() == "mine" for path in tmp_path.glob("**/*.txt"))
-
-
-def test_a_folder_with_a_run_is_refused_and_restart_replaces_it(tmp_path):
-    folder = tmp_path / "run"
-    (Run(folder, 0)).write("config.json", {})
-    with pytest.raises(ValueError, match="--restart"):
-        Run(folder, 0)
-    Run(folder, 0, restart=True)
-    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
 
 
 # ---------------------------------------------------------------------------- slow: as a user would
