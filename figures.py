@@ -139,7 +139,7 @@ def draw_run(run, results):
     axis.axhline(0.5, color="#666666", linewidth=0.8)
     axis.set(title=f"win rate (judge: {results['ppo_vs_sft']['judge']})", xlabel="PPO update",
              ylim=(0, 1.02))
-    if stage["judge"]:
+    if axis.lines[1:]:
         axis.legend(loc="lower right")
     fig.savefig(folder / "curves.png", dpi=100)
     plt.close(fig)

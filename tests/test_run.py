@@ -1,0 +1,665 @@
+"""Nothing lost: exact resume, whole writes, guarded folders, and runs that go wrong out loud."""
+
+import copy
+import gc
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import figures
+import lm
+import ppo
+import reward
+import rlhf_minimal
+import run as run_file
+import toy
+from run import Run, SettingError, check_folder
+
+torch.set_num_threads(1)
+CONFIG = {"seed": 0, "kl_beta": 0.05, "files": {"ppo.py": "a1"}, "environment": {"torch": "2.13"}}
+
+
+def new_run(folder, config=CONFIG, **flags):
+    return Run(folder, config, **flags)
+
+
+class Killed(Exception):
+    pass
+
+
+def learn(run, stop_after=None, total=12):
+    """A small training loop like those of lm.py, reward.py and ppo.py; returns its weights."""
+    torch.manual_seed(5)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+    optimizer = torch.optim.Adam(model.parameters())
+    steps = run.steps("sft", total, model=model, optimizer=optimizer) if run else range(total)
+    for step in steps:
+        x = torch.randn(8, 3, generator=lm.generator_for(0, "x", step))
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        lm.update(optimizer, loss, 0.1 * lm.cosine_schedule(step, total))
+        if run:
+            run.log("sft", step, loss=loss.item())
+        if step == stop_after:
+            raise Killed
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def equal(one, two):
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def interrupted(folder, stop_after=7, **flags):
+    """A run that got so far, with a checkpoint after every step."""
+    run = new_run(folder, save_seconds=0, **flags)
+    with pytest.raises(Killed):
+        learn(run, stop_after)
+    run.lock.release()
+
+
+# ---------------------------------------------------------------------------- resume
+
+
+def test_a_resumed_loop_ends_where_an_uninterrupted_one_does(tmp_path):
+    plain = learn(None)  # without any of run.py
+    whole = new_run(tmp_path / "whole")
+    assert equal(learn(whole), plain)
+    interrupted(tmp_path / "run", 3)
+    interrupted(tmp_path / "run", 7, resume=True)
+    run = new_run(tmp_path / "run", resume=True)
+    assert equal(learn(run), plain), "weights, Adam's averages or the place in the data were lost"
+    assert run.lines == whole.lines and [row["step"] for row in run.history("sft")] == [*range(12)]
+    for one in (run, whole):
+        assert (one.folder / "metrics.jsonl").read_text() == "\n".join(whole.lines) + "\n"
+
+
+def test_a_finished_stage_is_put_back_and_not_trained_again(tmp_path):
+    first = new_run(tmp_path / "run")
+    plain = learn(first)
+    first.lock.release()
+    again = new_run(tmp_path / "run", resume=True)
+    assert equal(learn(again, stop_after=0), plain)  # would raise Killed at its first step
+    assert again.lines == first.lines
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert not any(key.startswith("optimizer") for key in load_file(checkpoint))
+
+
+def test_lines_logged_after_the_last_checkpoint_and_torn_ones_are_dropped(tmp_path):
+    interrupted(tmp_path / "run", 5)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "sft", "step": 6, "loss": 0.3}\n{"stage": "sf')
+    run = new_run(tmp_path / "run", resume=True)
+    learn(run)
+    assert [row["step"] for row in run.history("sft")] == [*range(12)]
+
+
+def test_seconds_go_on_from_where_they_were(tmp_path):
+    interrupted(tmp_path / "run", 5)
+    run = new_run(tmp_path / "run", resume=True)
+    run.started -= 100  # as if this process had spent 100 s before the loop: redone work
+    learn(run)
+    assert 0 < run.seconds["sft"] < 50 and run.total_seconds()["total"] < 50
+
+
+@pytest.mark.parametrize("harm", [
+    lambda data: data[: len(data) // 2],
+    lambda data: b"",
+    lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+    lambda data: data[:9] + bytes([data[9] ^ 4]) + data[10:],  # in the header
+], ids=["truncated", "empty", "bit flipped in the data", "bit flipped in the header"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(harm, number, tmp_path, capsys):
+    interrupted(tmp_path / "run", 7)
+    newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[::-1][:number]
+    for path in newest:
+        path.write_bytes(harm(path.read_bytes()))
+    run, starts = new_run(tmp_path / "run", resume=True), []
+    really = run.log
+    run.log = lambda stage, step, **rest: (starts.append(step), really(stage, step, **rest))
+    assert equal(learn(run), learn(None))
+    out = capsys.readouterr().out
+    assert all(str(path) in out for path in newest) and out.count(" is damaged") == number
+    # of the checkpoints 6 and 7 the first is used; with both gone: from the beginning
+    assert starts[0] == (6 if number == 1 else 0)
+
+
+def test_two_checkpoints_are_kept_and_none_goes_before_the_next_is_safe(tmp_path, monkeypatch):
+    interrupted(tmp_path / "run", 7)
+    kept = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name[:12] for path in kept] == ["sft-00000006", "sft-00000007"]
+
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(run_file, "save_file", full)
+    run = new_run(tmp_path / "run", resume=True, save_seconds=0)
+    with pytest.raises(SafetensorError):
+        learn(run)
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == kept
+    run.lock.release()
+    monkeypatch.undo()
+    assert equal(learn(new_run(tmp_path / "run", resume=True)), learn(None))
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    run = new_run(tmp_path / "run")
+    run.write("results.json", {"old": 1})
+    monkeypatch.setattr(Path, "write_text", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.write("results.json", {"new": 2})
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == {"old": 1}
+
+
+def test_what_is_trained_is_saved_and_nothing_else(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    model[0].requires_grad_(False)
+    assert set(run_file.flatten({"m": model})) == {"m/1.weight", "m/1.bias"}
+    tied = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
+    tied["b"].weight = tied["a"].weight  # GPT-2's embedding and head; safetensors refuses both
+    assert "m/b.weight" not in run_file.flatten({"m": tied})
+
+
+def test_numbers_that_json_lacks_become_null(tmp_path):
+    run = new_run(tmp_path / "run")
+    run.write("results.json", {"a": {"win_rate": math.nan, "n": 0}, "b": math.inf, "c": 1.5})
+    text = (tmp_path / "run" / "results.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "a": {"win_rate": None, "n": 0}, "b": None, "c": 1.5}
+
+
+# ---------------------------------------------------------------------------- the folder
+
+
+def test_a_folder_with_a_run_needs_resume_or_restart(tmp_path):
+    interrupted(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = sorted((tmp_path / "run").rglob("*"))
+    with pytest.raises(SettingError, match="--resume.*--restart"):
+        new_run(tmp_path / "run")
+    assert sorted((tmp_path / "run").rglob("*")) == before
+    new_run(tmp_path / "run", restart=True)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoints", ".lock", "notes.txt"}
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"restart": True}])
+@pytest.mark.parametrize("name, content", [
+    ("thesis.tex", "mine"), ("config.json", '{"model_type": "gpt2"}'), ("config.json", "torn"),
+    ("config.json", "[1]"), ("config.json", '{"files": 3, "environment": {}}')])
+def test_other_peoples_files_stay(name, content, flags, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / name).write_text(content)
+    with pytest.raises(SettingError, match="holds other files"):
+        new_run(tmp_path, **flags)
+    assert {path.name for path in tmp_path.iterdir()} == {"sub", name}
+    assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"kl_beta": 0.1}, "kl_beta was 0.05 and is now 0.1"),
+    ({"files": {"ppo.py": "b2"}}, "ppo.py was a1 and is now b2"),
+    ({"files": {"ppo.py": "a1", "new.py": "c3"}}, "new.py was None and is now c3"),
+    ({"lam": 0.95}, "lam was None and is now 0.95"),
+])
+def test_resume_with_other_settings_or_files_is_refused_in_one_line(change, message, tmp_path):
+    interrupted(tmp_path / "run")
+    before = [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "run").rglob("*"))]
+    with pytest.raises(SettingError) as error:
+        new_run(tmp_path / "run", {**CONFIG, **change}, resume=True)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert before == [(path, path.stat().st_mtime_ns)
+                      for path in sorted((tmp_path / "run").rglob("*"))]
+    new_run(tmp_path / "run", {**CONFIG, "output_dir": "elsewhere", "save_seconds": 5}, resume=True)
+
+
+def test_another_version_is_said_and_not_refused(tmp_path, capsys):
+    interrupted(tmp_path / "run")
+    new_run(tmp_path / "run", {**CONFIG, "environment": {"torch": "2.14"}}, resume=True)
+    assert "torch 2.13, here it is 2.14: the result may differ" in capsys.readouterr().out
+
+
+def test_two_at_once_in_one_folder(tmp_path):
+    first = new_run(tmp_path / "run")
+    with pytest.raises(SettingError, match="another process"):
+        new_run(tmp_path / "run", resume=True)
+    first.lock.release()
+    new_run(tmp_path / "run", resume=True)
+
+
+def test_each_file_a_result_depends_on_is_in_the_config(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("1")
+    settings = {"seed": 0, "posts": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path)}
+    files = run_file.describe(settings)["files"]
+    assert {"lm.py", "run.py", "reward.py", "ppo.py", "rlhf_minimal.py", "rows.jsonl"} <= {*files}
+    assert tmp_path.name not in files, "the run's own folder changes all the time"
+    (tmp_path / "rows.jsonl").write_text("2")
+    changed = run_file.describe(settings)["files"]
+    assert [name for name in files if files[name] != changed[name]] == ["rows.jsonl"]
+
+
+def test_without_output_dir_resume_takes_the_last_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = [run_file.choose_folder("tiny", resume) for resume in (False, True)]
+    assert names == ["runs/tiny-1"] * 2
+    Path("runs/tiny-1").mkdir(parents=True)
+    Path("runs/tiny-2").mkdir()
+    assert run_file.choose_folder("tiny", False) == "runs/tiny-3"
+    assert run_file.choose_folder("tiny", True) == "runs/tiny-2"
+    assert run_file.choose_folder("full", True) == "runs/full-1"
+
+
+# ---------------------------------------------------------------------------- Ctrl-C
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_saves_after_the_step_and_the_second_stops_at_once(number, tmp_path):
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    for times, saved in ((1, ["sft-00000003"]), (2, [])):
+        run, reached = new_run(tmp_path / str(times)), []
+        with pytest.raises(KeyboardInterrupt), run.guarded():
+            model = torch.nn.Linear(1, 1)
+            for step in run.steps("sft", 9, model=model):
+                if step == 2:
+                    for _ in range(times):
+                        os.kill(os.getpid(), number)
+                        time.sleep(0.01)
+                reached.append(step)
+        assert reached == ([0, 1, 2] if times == 1 else [0, 1])
+        assert [p.name[:12] for p in (run.folder / "checkpoints").iterdir()] == saved
+        assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+        new_run(tmp_path / str(times), resume=True)  # the folder is free again
+
+
+def test_between_the_stages_the_first_signal_stops(tmp_path):
+    run = new_run(tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), run.guarded():
+        list(run.steps("sft", 2, model=torch.nn.Linear(1, 1)))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        pytest.fail("went on")
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def stopped(settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rlhf_minimal, "run_all", stopped)
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main(["--seed", "3", "--restart"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.strip().endswith(
+        "python rlhf_minimal.py --seed 3 --resume --output_dir runs/tiny-1")
+
+
+def test_a_disk_error_is_one_line_with_the_command_that_goes_on(tmp_path, monkeypatch):
+    for error in (OSError(28, "No space left on device"), SafetensorError("No space left")):
+        def full(settings):
+            raise error
+
+        monkeypatch.setattr(rlhf_minimal, "run_all", full)
+        with pytest.raises(SystemExit) as stop:
+            rlhf_minimal.main(["--output_dir", str(tmp_path / "a b")])
+        line = str(stop.value.code)
+        assert "No space left" in line and "\n" not in line
+        assert shlex.split(line)[-3:] == ["--output_dir", str(tmp_path / "a b"), "--resume"]
+
+
+# ---------------------------------------------------------------------------- NaN and collapse
+
+TOKENIZER = SimpleNamespace(eos_token_id=9, pad_token_id=0)
+QUERIES = [[3, 4, 5], [6, 7], [5], [8, 3, 3, 4]] * 4
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+
+    class Vocabulary(SimpleNamespace):
+        def __len__(self):
+            return 12
+
+    return toy.make_model(Vocabulary(eos_token_id=9, pad_token_id=0), 16, 2, 2)
+
+
+def ppo_config(**changes):
+    fields = {**vars(ppo.PPOConfig()), "ppo_episodes": 64, "ppo_batch_size": 16,
+              "response_length": 6, "ppo_lr": 1e-2}
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def stopped_by(run, train):
+    with pytest.raises(SettingError) as error, run.guarded():
+        train()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def saved_weights(run, stage):
+    newest = sorted((run.folder / "checkpoints").glob(f"{stage}-*"))[-1]
+    tensors = load_file(newest)
+    assert all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+    return tensors, json.loads(bytes(tensors["state"].tolist()))
+
+
+@pytest.mark.parametrize("quantity, spoil", [
+    ("loss", lambda loss: loss * math.nan),
+    ("loss", lambda loss: loss + math.inf),
+    # finite, but its gradient is 0 * inf
+    ("gradient of the loss", lambda loss: loss + torch.sqrt(loss - loss.detach()).sum()),
+])
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_nan_stops_and_the_state_before_it_is_saved(stage, quantity, spoil, model, tmp_path,
+                                                    monkeypatch):
+    run, before, calls = new_run(tmp_path / "run"), {}, []
+    network = model if stage == "sft" else reward.RewardModel(model)
+
+    def spoiled(really):
+        def loss(*arguments):
+            calls.append(1)
+            if len(calls) == 3:
+                before.update({k: v.clone() for k, v in network.named_parameters()})
+                return spoil(really(*arguments))
+            return really(*arguments)
+        return loss
+
+    if stage == "sft":
+        monkeypatch.setattr(lm, "masked_mean", spoiled(lm.masked_mean))
+        line = stopped_by(run, lambda: lm.train_sft(
+            run, model, QUERIES, [[7, 2, 9]] * 16, 0,
+            SimpleNamespace(sft_lr=1e-2, sft_batch_size=2, sft_epochs=1)))
+    else:
+        monkeypatch.setattr(reward, "preference_loss", spoiled(reward.preference_loss))
+        line = stopped_by(run, lambda: reward.train_reward(
+            run, network, [(q, [1, 7, 9], [1, 2, 9]) for q in QUERIES], 0,
+            SimpleNamespace(reward_lr=1e-2, reward_batch_size=2, reward_epochs=1)))
+    assert line.startswith(f"{stage} step 2: {quantity} is NaN or infinite")
+    tensors, state = saved_weights(run, stage)
+    assert state["step"] == 2 and [json.loads(row)["step"] for row in state["lines"]] == [0, 1]
+    assert all(torch.equal(tensors[f"model/{k}"], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("name, place", [
+    ("policy_loss", "policy loss"), ("value_loss", "value loss"), ("score", "reward"),
+    ("policy_gradient", "gradient of the policy loss")])
+def test_nan_in_ppo_is_undone_even_in_the_middle_of_a_step(name, place, model, tmp_path,
+                                                           monkeypatch):
+    run, policy, seen = new_run(tmp_path / "run"), copy.deepcopy(model), []
+
+    def spoiled(really, call):
+        def loss(*arguments):
+            seen.append(1)
+            value = really(*arguments)
+            if len(seen) != call:
+                return value
+            if name == "score":
+                return value * math.nan
+            if name == "policy_gradient":
+                return value[0] + torch.sqrt(value[0] - value[0].detach()), value[1]
+            return value[0] * math.nan, value[1]
+        return loss
+
+    # four epochs a step: call 7 is the third epoch of step 1, after two updates
+    if name == "score":
+        monkeypatch.setattr(reward.RewardModel, "score", spoiled(reward.RewardModel.score, 2))
+    else:
+        which = name.replace("gradient", "loss")
+        monkeypatch.setattr(ppo, which, spoiled(getattr(ppo, which), 7))
+    reward_model = reward.RewardModel(model)
+    line = stopped_by(run, lambda: ppo.train_ppo(run, policy, reward_model, QUERIES, TOKENIZER,
+                                                 ppo_config()))
+    assert line.startswith(f"ppo step 1: {place} is NaN or infinite"), line
+    tensors, state = saved_weights(run, "ppo")
+    monkeypatch.undo()
+    # the state after step 0 of a run in which nothing went wrong
+    fine, other = new_run(tmp_path / "fine", save_seconds=0), copy.deepcopy(model)
+
+    def stop(update):
+        if update == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        ppo.train_ppo(fine, other, reward_model, QUERIES, TOKENIZER, ppo_config(), stop)
+    expected, fine_state = saved_weights(fine, "ppo")
+    assert state["step"] == fine_state["step"] == 1
+    assert set(tensors) == set(expected)
+    assert all(torch.equal(tensors[k], expected[k]) for k in expected if k != "state")
+
+
+def test_nan_weights_are_found_before_a_token_is_drawn(model):
+    with torch.no_grad():
+        model.lm_head.weight[3, 3] = math.nan
+    for temperature in (0, 1.0):
+        with pytest.raises(FloatingPointError, match="logit is NaN"):
+            lm.sample(model, torch.tensor([[3, 4]]), torch.ones(1, 2), 3, eos_token_id=9,
+                      pad_token_id=0, temperature=temperature)
+
+
+def row(step, **changes):
+    return {"stage": "ppo", "step": step, "kl_per_summary": 2.0, "length": 20.0, "entropy": 1.0,
+            **changes}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"kl_per_summary": 40.5}, "KL 40 nats per summary, beyond 40"),
+    ({"length": 4.9}, "length 4.9 tokens, down from 20"),
+    ({"entropy": 0.09}, "entropy 0.09 nats per token, down from 1"),
+])
+def test_a_policy_that_runs_away_or_collapses_is_said_once(changes, words, tmp_path, capsys):
+    run = new_run(tmp_path / "run")
+    run.lines = [json.dumps(row(0))]
+    ppo.warn_of_collapse(run)
+    run.lines.append(json.dumps(row(1, kl_per_summary=39.9, length=5.1, entropy=0.11)))
+    ppo.warn_of_collapse(run)
+    assert not run.warnings
+    for step in (2, 3):
+        run.lines.append(json.dumps(row(step, **changes)))
+        ppo.warn_of_collapse(run)
+    assert [*run.warnings.values()][0].startswith("ppo step 2: ") and len(run.warnings) == 1
+    assert words in [*run.warnings.values()][0]
+    assert "".join(capsys.readouterr()).count("warning: ") == 1
+
+
+def test_warnings_come_back_with_the_checkpoint(tmp_path):
+    run = new_run(tmp_path / "run", save_seconds=0)
+    for step in run.steps("ppo", 4, model=torch.nn.Linear(1, 1)):
+        run.warn("kl", "too far")
+        if step == 2:
+            break
+    run.lock.release()
+    again = new_run(tmp_path / "run", resume=True)
+    list(again.steps("ppo", 4, model=torch.nn.Linear(1, 1)))
+    assert again.warnings == {"kl": "too far"}
+
+
+def test_an_abstaining_judge_and_a_blind_reward_model_are_in_terminal_and_report(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rlhf_minimal, "load_judge",
+                        lambda name, score: lambda posts, a, b: [None] * len(posts))
+    rlhf_minimal.main(["--fast_dev_run", "--judge", "mute", "--output_dir", str(tmp_path / "run")])
+    out = "".join(capsys.readouterr())
+    report = (tmp_path / "run" / "report.md").read_text()
+    for text in ("abstained on all 8 posts", "no better than chance"):
+        assert text in out and text in report
+    results = json.loads((tmp_path / "run" / "results.json").read_text(),
+                         parse_constant=pytest.fail)
+    assert results["ppo_vs_sft"]["win_rate"] is None and results["ppo_vs_sft"]["n"] == 0
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def test_twenty_ppo_updates_leave_no_memory_behind(model, tmp_path):
+    def live(update):
+        if update >= 4:
+            gc.collect()
+            sizes.append(sum(t.numel() * t.element_size() for t in gc.get_objects()
+                             if issubclass(type(t), torch.Tensor)))
+
+    sizes, run = [], new_run(tmp_path / "run")
+    ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES, TOKENIZER,
+                  ppo_config(ppo_episodes=24 * 16, ppo_batch_size=16), live)
+    # a batch has the width of its longest summary: noise of less than one batch of 16 x 10 tokens
+    assert len(sizes) == 21 and max(sizes) - min(sizes) < 16 * 10 * 8 * 12, sizes
+    assert sizes[-1] <= max(sizes[:5]) * 1.01, sizes
+
+
+# ---------------------------------------------------------------------------- slow: as it happens
+
+HERE = Path(__file__).resolve().parent
+
+
+def outcome(folder):
+    """All that must be equal bit for bit, and what may not be left behind."""
+    def timeless(value):
+        if isinstance(value, dict):
+            return {k: timeless(v) for k, v in value.items()
+                    if not k.endswith(("seconds", "per_second", "bytes"))}
+        return value
+
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    files = {name: (folder / name).read_bytes() for name in names
+             if name.endswith((".safetensors", "metrics.jsonl", "samples.jsonl", "tokenizer.json"))}
+    report = (folder / "report.md").read_text().split("\n", 1)[1]  # the title is the folder's name
+    assert not any("checkpoints" in name or ".partial" in name for name in names)
+    return names, files, report, timeless(json.loads((folder / "results.json").read_text()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kill.py forks")
+@pytest.mark.parametrize("mode", ["time", "write"])
+def test_killed_25_times_and_resumed_ends_bit_for_bit_the_same(mode, tmp_path):
+    done = subprocess.run([sys.executable, HERE / "kill.py", tmp_path, mode, "25"], text=True,
+                          capture_output=True, timeout=800)
+    logs = "".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert "Traceback" not in logs
+    whole = outcome(tmp_path / "whole")
+    chains = [path for path in tmp_path.glob("chain*") if path.is_dir()]
+    assert chains
+    for folder in chains:
+        for one, two in zip(whole, outcome(folder)):
+            assert one == two, folder
+
+
+def run_script(*arguments, **options):
+    return subprocess.Popen([sys.executable, HERE.parent / "rlhf_minimal.py", *arguments],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def small(folder):
+    sys.path.insert(0, str(HERE))
+    import kill
+    return [*kill.SMALL, "--output_dir", str(folder)]
+
+
+def wait_for(path, text, seconds=60):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if path.exists() and text in path.read_text(errors="replace"):
+            return
+        time.sleep(0.01)
+    pytest.fail(f"no {text} in {path}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_then_the_printed_command_then_the_same_end(number, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    _, errors = run_script(*small(whole)).communicate(timeout=100)
+    process = run_script(*small(folder), "--save_seconds", "3600")  # only Ctrl-C saves
+    wait_for(folder / "metrics.jsonl", '"ppo"')
+    second = run_script(*small(folder), "--resume")  # while the first one is at work
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert any(path.name.startswith("ppo") for path in (folder / "checkpoints").iterdir())
+    second.communicate(timeout=100)
+    command = re.search(r"python (rlhf_minimal.py .*)", errors)[1]
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=HERE.parent, text=True,
+                          capture_output=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert outcome(folder) == outcome(whole)
+    done = subprocess.run([sys.executable, *shlex.split(command)], cwd=HERE.parent, text=True,
+                          capture_output=True, timeout=100)
+    assert done.returncode == 0 and "finished, nothing to resume" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_second_process_in_the_folder_is_refused(tmp_path):
+    first = run_script(*small(tmp_path / "run"))
+    wait_for(tmp_path / "run" / "metrics.jsonl", "reward")
+    first.send_signal(signal.SIGSTOP)  # it keeps the folder, asleep
+    try:
+        second = run_script(*small(tmp_path / "run"), "--resume")
+        _, errors = second.communicate(timeout=60)
+    finally:
+        first.send_signal(signal.SIGCONT)
+        first.communicate(timeout=60)
+    assert second.returncode == 1 and "another process" in errors and "Traceback" not in errors
+    assert first.returncode == 0
+
+
+def full_disk(folder):
+    """The start of a process for which every file ends at 150 kB: less than a checkpoint."""
+    def limit():
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+    return {"preexec_fn": limit}, lambda: None
+
+
+def small_disk(folder):
+    """A real disk of 400 kB, where the user may mount one."""
+    folder.parent.mkdir()
+    if shutil.which("mount") is None or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder.parent],
+            capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    return {}, lambda: subprocess.run(
+        ["mount", "-o", "remount,size=100m", folder.parent], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits and mounts of Linux")
+@pytest.mark.parametrize("disk", [full_disk, small_disk])
+def test_a_full_disk_stops_in_one_line_and_loses_nothing(disk, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "disk" / "run"
+    run_script(*small(whole)).communicate(timeout=100)
+    options, mend = disk(folder)
+    try:
+        process = run_script(*small(folder), **options)
+        _, errors = process.communicate(timeout=100)
+        lines = [line for line in errors.splitlines() if line.startswith("rlhf_minimal: ")]
+        assert process.returncode == 1 and "Traceback" not in errors and len(lines) == 1, errors
+        assert "--resume" in lines[0] and not (folder / "results.json").exists()
+        mend()
+        process = run_script(*small(folder), "--resume")
+        assert process.communicate(timeout=100) and process.returncode == 0
+        assert outcome(folder) == outcome(whole)
+    finally:
+        if disk is small_disk:
+            subprocess.run(["umount", folder.parent])
+
+
+@pytest.mark.slow
+def test_a_nan_in_a_real_run_is_one_line(tmp_path):
+    process = run_script(*small(tmp_path / "run"), "--sft_lr", "1e30")
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert re.search(r"rlhf_minimal: sft step \d+: .* NaN or infinite", errors), errors
