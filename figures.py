@@ -8,10 +8,12 @@ import re
 import textwrap
 
 import torch
+import torch.nn.functional as F
 
 import toy
 from judge import best_of_n_kl, judge_pairwise, length_controlled_win_rate, win_rate
-from reward import preference_accuracy
+from judge import wilson_interval
+from reward import preference_accuracy, score_summaries
 from run import peak_memory_bytes
 
 # One colour for one thing in every picture; Okabe-Ito, which colour-blind readers can tell apart
@@ -29,6 +31,62 @@ def mean(numbers):
 
 def mean_words(summaries):
     return mean(len(summary.split()) for summary in summaries)
+
+
+def length_accuracy(pairs):
+    """Share of pairs (query, chosen, rejected) whose longer summary was chosen; a tie counts half.
+    The baseline that any reward model must beat: labelers like longer summaries (App. F)."""
+    gaps = [len(chosen) - len(rejected) for _, chosen, rejected in pairs]
+    return sum(0.5 if gap == 0 else gap > 0 for gap in gaps) / len(gaps)
+
+
+def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
+    """Held-out accuracy of a preference model that never sees the post: logistic regression on the
+    counts of each token and the length, fitted to the same pairs. What a reward model has beyond
+    it, it has from reading the post."""
+
+    def features(pairs):  # (N, V+1): counts of the chosen minus those of the rejected summary
+        x = torch.zeros(len(pairs), vocabulary_size + 1)
+        for row, (_, chosen, rejected) in zip(x, pairs):
+            for sign, ids in ((1.0, chosen), (-1.0, rejected)):
+                row[:-1] += sign * torch.bincount(torch.tensor(ids), minlength=vocabulary_size)
+                row[-1] += sign * len(ids) / 10
+        return x
+
+    x, weights = features(train_pairs), torch.zeros(vocabulary_size + 1, requires_grad=True)
+    optimizer = torch.optim.Adam([weights], lr=0.05)
+    for _ in range(200):
+        loss = -F.logsigmoid(x @ weights).mean() + 1e-4 * weights.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gaps = features(held_out_pairs) @ weights.detach()
+    return preference_accuracy(gaps, torch.zeros_like(gaps))
+
+
+def measure_reward_model(run, reward_model, pairs, held_out, rows, tokenizer):
+    """Accuracy on the held-out comparisons (rows) beside what never reads the post."""
+    queries, *pair = zip(*held_out)
+    chosen, rejected = (score_summaries(reward_model, queries, side, tokenizer.pad_token_id)
+                        for side in pair)
+    accuracy, longest = preference_accuracy(chosen, rejected), length_accuracy(held_out)
+    results = {"reward_accuracy": accuracy, "reward_accuracy_longest_wins": longest,
+               "reward_accuracy_n": len(held_out)}
+    if "gap" in rows[0]:  # the tiny world
+        gaps = torch.tensor([row["gap"] for row in rows])
+        agrees = ((chosen > rejected) == (gaps > 0))[gaps != 0]
+        results |= {"reward_accuracy_post_blind": post_blind_accuracy(pairs, held_out,
+                                                                      len(tokenizer)),
+                    "reward_accuracy_true_taste": agrees.float().mean().item(),
+                    "reward_accuracy_ceiling": toy.label_ceiling(rows),
+                    "label_agreement": (gaps[gaps != 0] > 0).float().mean().item()}
+    print(f"reward model: accuracy {accuracy:.3f} on {len(held_out)} held-out comparisons, "
+          f"pick-the-longer {longest:.3f}")
+    if wilson_interval(accuracy, len(held_out))[0] <= 0.5:
+        run.warn("reward", f"the reward model is no better than chance, {accuracy:.3f} on "
+                 f"{len(held_out)} held-out comparisons (the 95 % interval reaches 0.5): what PPO "
+                 "makes of it means nothing; train it on more or cleaner comparisons")
+    return results
 
 
 def judged(run, judge, name, posts, ours, theirs):
@@ -197,6 +255,8 @@ def win_rate_table(results):
 
 
 def one_line(text, width=300):
+    """Text of others for a terminal: no line breaks, and nothing that could steer it (\\x1b[2J)."""
+    text = "".join(letter if letter.isprintable() else " " for letter in text)
     return textwrap.shorten(text, width, placeholder=" ...")
 
 
@@ -207,7 +267,7 @@ def report(run, results, samples):
     table = [header, *win_rate_table(results)]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     for sample in samples[:3]:
-        print(f"\n{sample['post']['title']}\n{one_line(sample['post']['post'])}")
+        print(f"\n{one_line(sample['post']['title'])}\n{one_line(sample['post']['post'])}")
         for name in ("reference", "sft", "ppo"):
             print(f"  {name:>9}: {one_line(sample[name])}")
     print(f"\nWin rates, judged by: {judge}")
@@ -219,7 +279,7 @@ def report(run, results, samples):
           f"see {run.folder / 'report.md'}")
 
     def cell(text):  # markup in a post stays text
-        text = " ".join(text.split())[:2000]
+        text = one_line(text, 2000)
         return re.sub(r"[\\`*_{}\[\]<>#|!~&]", lambda match: f"&#{ord(match[0])};", text)
 
     lines = [f"# Run {run.folder.name}, seed {results['seed']}", "",

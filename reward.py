@@ -129,37 +129,6 @@ def preference_accuracy(chosen, rejected):
     return (chosen > rejected).float().mean().item()
 
 
-def length_accuracy(pairs):
-    """Share of pairs (query, chosen, rejected) whose longer summary was chosen; a tie counts half.
-    The baseline that any reward model must beat: labelers like longer summaries (App. F)."""
-    gaps = [len(chosen) - len(rejected) for _, chosen, rejected in pairs]
-    return sum(0.5 if gap == 0 else gap > 0 for gap in gaps) / len(gaps)
-
-
-def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
-    """Held-out accuracy of a preference model that never sees the post: logistic regression on the
-    counts of each token and the length, fitted to the same pairs. What a reward model has beyond
-    it, it has from reading the post."""
-
-    def features(pairs):  # (N, V+1): counts of the chosen minus those of the rejected summary
-        x = torch.zeros(len(pairs), vocabulary_size + 1)
-        for row, (_, chosen, rejected) in zip(x, pairs):
-            for sign, ids in ((1.0, chosen), (-1.0, rejected)):
-                row[:-1] += sign * torch.bincount(torch.tensor(ids), minlength=vocabulary_size)
-                row[-1] += sign * len(ids) / 10
-        return x
-
-    x, weights = features(train_pairs), torch.zeros(vocabulary_size + 1, requires_grad=True)
-    optimizer = torch.optim.Adam([weights], lr=0.05)
-    for _ in range(200):
-        loss = -F.logsigmoid(x @ weights).mean() + 1e-4 * weights.square().sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    gaps = features(held_out_pairs) @ weights.detach()
-    return preference_accuracy(gaps, torch.zeros_like(gaps))
-
-
 if __name__ == "__main__":
     chosen, rejected = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 0.5, -1.0])
     chosen.requires_grad_()

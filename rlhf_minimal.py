@@ -24,12 +24,11 @@ from transformers.hf_argparser import HfArg
 
 import figures
 import toy
-from judge import JudgeConfig, load_judge, quality_judge, wilson_interval
+from judge import JudgeConfig, load_judge, quality_judge
 from lm import SFTConfig, decode_response, encode_response, generator_for, sample_responses
 from lm import train_sft
 from ppo import PPOConfig, train_ppo
-from reward import RewardConfig, RewardModel, length_accuracy, normalize, post_blind_accuracy
-from reward import preference_accuracy, score_summaries, train_reward
+from reward import RewardConfig, RewardModel, normalize, score_summaries, train_reward
 from run import Run, SettingError, check_folder, choose_folder, describe
 from tldr import DataError, divide_by_post, encode_prompt, load_comparisons, load_posts
 from tldr import without_posts_of
@@ -131,7 +130,7 @@ def load_rows(load, source, seed):
     """(train, validation); rows that name one split only are divided 90 : 10, by post."""
     train, validation = load(source, "train"), load(source, "validation")
     if not train or not validation:
-        train, validation = divide_by_post(train + validation, seed=seed)
+        train, validation = divide_by_post(train + validation, seed=seed, source=source)
     return train, validation
 
 
@@ -152,6 +151,9 @@ def load_data(settings):
     print(f"data: {len(posts)} posts, {len(compared)} comparisons; held out: {len(held_out)} posts,"
           f" {len(compared_held_out)} comparisons; left out as their post is held out: "
           f"{n_posts - len(posts)} posts, {n_compared - len(compared)} comparisons")
+    if not posts or not compared:
+        raise DataError(f"{settings.comparisons}, {settings.posts}: expected posts and comparisons "
+                        "whose post is not held out, got none to train on: add some")
     if settings.fast_dev_run:
         return posts[:64], held_out[:16], compared[:64], compared_held_out[:16]
     return posts, held_out, compared, compared_held_out
@@ -203,7 +205,8 @@ def encode_pairs(comparisons, tokenizer, settings):
         print(f"comparisons: left out {len(comparisons) - len(kept)} of {len(comparisons)}, whose "
               f"summaries are identical in their first {settings.summary_length} tokens")
     if not kept:
-        raise DataError("no comparison left to train or measure on: add some")
+        raise DataError(f"{settings.comparisons or 'tiny world'}: no comparison left to train or "
+                        "measure on; add some, or raise summary_length")
     return [(queries[i], chosen[i], rejected[i]) for i in kept], [comparisons[i] for i in kept]
 
 
@@ -254,42 +257,20 @@ def compare_in_tiny_world(run, settings, posts, name, tokenizer, model):
     return comparisons, toy.fact_accuracy(posts, samples[0])
 
 
-def model_rewards(run, settings, sft, tokenizer, compared, compared_held_out, posts):
-    """Step 2: the reward model, given or trained, and what is measured of it."""
-    pad_id = tokenizer.pad_token_id
-    held_out, rows = encode_pairs(compared_held_out, tokenizer, settings)
-    results = {"reward_accuracy_longest_wins": length_accuracy(held_out),
-               "reward_accuracy_n": len(held_out)}
+def make_reward_model(run, settings, posts, pairs, tokenizer, sft):
+    """Step 2: the reward model, given or trained; references score 0 on average."""
     if settings.reward_model:
         reward_model = RewardModel.from_pretrained(settings.reward_model).to(sft.device)
     else:
-        pairs, _ = encode_pairs(compared, tokenizer, settings)
-        if not settings.posts:
-            results["reward_accuracy_post_blind"] = post_blind_accuracy(
-                pairs, held_out, len(tokenizer))
         torch.manual_seed(settings.seed)  # for the head
         reward_model = RewardModel(sft)
-        train_reward(run, reward_model, pairs, pad_id, settings)
-        some = posts[:1000]  # the mean is sharp enough by then
-        references = [post["summary"] for post in some]
-        normalize(reward_model, *encode(some, references, tokenizer, settings), pad_id)
+        train_reward(run, reward_model, pairs, tokenizer.pad_token_id, settings)
+        posts = posts[:1000]  # the mean is sharp enough by then
+        references = [post["summary"] for post in posts]
+        normalize(reward_model, *encode(posts, references, tokenizer, settings),
+                  tokenizer.pad_token_id)
     run.save_model("reward_model", reward_model, tokenizer)
-    queries, *pair = zip(*held_out)
-    chosen, rejected = (score_summaries(reward_model, queries, side, pad_id) for side in pair)
-    accuracy = results["reward_accuracy"] = preference_accuracy(chosen, rejected)
-    if not settings.posts:
-        gaps = torch.tensor([row["gap"] for row in rows])
-        agrees = ((chosen > rejected) == (gaps > 0))[gaps != 0]
-        results["reward_accuracy_true_taste"] = agrees.float().mean().item()
-        results["reward_accuracy_ceiling"] = toy.label_ceiling(rows)
-        results["label_agreement"] = (gaps[gaps != 0] > 0).float().mean().item()
-    print(f"reward model: accuracy {accuracy:.3f} on {len(held_out)} held-out comparisons, "
-          f"pick-the-longer {results['reward_accuracy_longest_wins']:.3f}")
-    if wilson_interval(accuracy, len(held_out))[0] <= 0.5:
-        run.warn("reward", f"the reward model is no better than chance, {accuracy:.3f} on "
-                 f"{len(held_out)} held-out comparisons (95 % interval reaches 0.5): what PPO makes"
-                 " of it means nothing; train it on more or cleaner comparisons")
-    return reward_model, results
+    return reward_model
 
 
 def run_all(settings):
@@ -330,8 +311,11 @@ def run_all(settings):
                 run, settings, compared, "train", tokenizer, sft)
             compared_held_out, _ = compare_in_tiny_world(
                 run, settings, compared_held_out, "held out", tokenizer, sft)
-        reward_model, measured = model_rewards(run, settings, sft, tokenizer, compared,
-                                               compared_held_out, posts)
+        pairs, _ = encode_pairs(compared, tokenizer, settings)
+        pairs_held_out, rows = encode_pairs(compared_held_out, tokenizer, settings)
+        reward_model = make_reward_model(run, settings, posts, pairs, tokenizer, sft)
+        results |= figures.measure_reward_model(run, reward_model, pairs, pairs_held_out, rows,
+                                                tokenizer)
         held_out = held_out[: settings.judge_posts]
         few = held_out[: settings.judge_during]
         few_sft, policy = written(sft, few), copy.deepcopy(sft)
@@ -342,7 +326,7 @@ def run_all(settings):
         last = run.history("ppo")[-1]
         print(f"ppo: {last['step'] + 1} updates, reward {last['reward']:.2f}, "
               f"KL {last['kl_per_summary']:.2f} nats per summary")
-        return figures.finish(run, settings, results | measured, ask, reward_of, written, sft,
+        return figures.finish(run, settings, results, ask, reward_of, written, sft,
                               policy, held_out)
 
 

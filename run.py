@@ -40,9 +40,9 @@ MAY_DIFFER = {"resume", "restart", "output_dir", "save_seconds", "files", "envir
 
 
 def digest(path):
-    """SHA-256 of the content of a file, or of all files in a folder, shortened."""
+    """SHA-256 of the content of a file, or of the files in a folder, shortened."""
     sha = hashlib.sha256()
-    for file in (path, *sorted(path.rglob("*"))):
+    for file in (path, *sorted(path.glob("*"))):
         if file.is_file() and file.stat().st_size:  # an empty file has no memory to map
             with file.open("rb") as stream:
                 sha.update(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
@@ -52,12 +52,12 @@ def digest(path):
 def describe(settings):
     """What config.json holds: settings, versions, and a digest of each file a result depends on."""
     here = Path(__file__).resolve().parent
-    given = {Path(value) for key, value in settings.items()
-             if isinstance(value, str) and key != "output_dir"}
+    files = {path.name: path for path in sorted(here.glob("*.py"))}
+    files |= {value: Path(value) for key, value in settings.items()
+              if isinstance(value, str) and key != "output_dir" and Path(value).exists()}
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True)
     return {**settings,
-            "files": {path.name: digest(path) for path in sorted({*here.glob("*.py"), *given})
-                      if path.exists()},
+            "files": {name: digest(path) for name, path in files.items()},
             "environment": {"git_commit": commit.stdout.decode().strip() or None,
                             "python": platform.python_version(),
                             "threads": torch.get_num_threads(),

@@ -37,13 +37,12 @@ def truncate_post(text, fits):
     """
     if fits(text):
         return text
-    newlines = [match.start() for match in re.finditer("\n", text)]
-    for ends in (newlines, range(len(text.split("\n")[0]))):  # whole lines, then characters
-        start = bisect.bisect_left(ends, True, key=lambda end: not fits(text[:end]))
-        # A longer text can have fewer tokens ("appl" 2, "apple" 1): look a little beyond as well.
-        for end in reversed(ends[: start + 32]):
-            if fits(text[:end]):
-                return text[:end]
+    # Where a cut may end, short to long: each character of the first line, then each newline.
+    ends = [*range(len(text.split("\n")[0])), *(m.start() for m in re.finditer("\n", text))]
+    start = bisect.bisect_left(ends, True, key=lambda end: not fits(text[:end]))
+    # A longer text can have fewer tokens ("appl" 2, "apple" 1): look a little beyond as well.
+    cuts = (text[:end] for end in reversed(ends[: start + 32]))
+    return next(filter(fits, cuts), None)
 
 
 def encode_prompt(post, tokenizer, query_length):
@@ -57,8 +56,9 @@ def encode_prompt(post, tokenizer, query_length):
 
     text = truncate_post(post["post"], lambda text: len(encode(text)) <= query_length)
     if text is None:
-        raise DataError(f"query_length {query_length} is too small: title and cue alone take "
-                        f"{len(encode(''))} tokens; raise query_length")
+        raise DataError(f"query_length {query_length} is too small: title and cue of the post "
+                        f"{post.get('title', '')[:30]!r} alone take {len(encode(''))} tokens; raise "
+                        "query_length, or shorten that title")
     return encode(text)
 
 
@@ -125,22 +125,20 @@ def check_comparison(row):
 # ---------------------------------------------------------------------------- reading a source
 
 
-def parse_json(text):
-    """The JSON value in text; a DataError, returned, if it is none."""
+def parse_line(text):
+    """The JSON value in a line of a file."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        return DataError("whole row: expected JSON", f"{text[:40]!r} ({str(error).split(':')[0]})")
+        raise DataError("whole row: expected JSON", f"{text[:40]!r} ({str(error).split(':')[0]})")
 
 
 def read_json(text):
-    """[(number, row)]: JSON lines, numbered by line, or one JSON array, numbered by position."""
-    whole = parse_json(text)
-    if isinstance(whole, list):
-        return list(enumerate(whole, 1))
+    """[(number, row)]: one JSON array, by position, or JSON lines, by line and still as text."""
+    if text.lstrip().startswith("["):
+        return list(enumerate(json.loads(text), 1))
     # Not splitlines(): a JSON string may hold U+2028, which splitlines() takes for a line end.
-    return [(number, parse_json(line))
-            for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def read_csv(file):
@@ -182,7 +180,7 @@ def read_rows(source):
         try:
             with path.open(encoding="utf-8-sig", newline="") as file:  # with or without a BOM
                 rows = read_csv(file) if kind == ".csv" else read_json(file.read())
-        except (OSError, UnicodeError, csv.Error) as error:
+        except (OSError, ValueError, RecursionError, csv.Error) as error:
             raise DataError(f"{source}: expected UTF-8 {kind}: {error}; check the file") from None
         return ((f"row {number}", "train", row) for number, row in rows)
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
@@ -198,8 +196,8 @@ def load_rows(source, split, limit, check):
     used, labels, left_out, wrong, total = [], set(), Counter(), [], 0
     for total, (place, row_split, row) in enumerate(read_rows(source), 1):
         try:
-            if isinstance(row, DataError):
-                raise row
+            # A line is parsed here, and not while reading: an error in it can name its row.
+            row = parse_line(row) if isinstance(row, str) else row
             expect(isinstance(row, dict) and None not in row, "whole row", "a value per field", row)
             # Before split and limit: a file is right or wrong, not right for one stage only.
             result = check(row)
@@ -258,11 +256,11 @@ def post_text(row):
     return (row["post"]["post"] if isinstance(row["post"], dict) else row["post"]).strip()
 
 
-def divide_by_post(rows, validation_share=0.1, seed=0):
+def divide_by_post(rows, validation_share=0.1, seed=0, source="rows"):
     """(train, validation) with no post in both, or accuracy would be measured on known posts."""
     posts = sorted({post_text(row) for row in rows})  # sorted: a set has another order every run
     if len(posts) < 2:
-        raise DataError(f"expected rows of two or more different posts, got {len(posts)}: add some")
+        raise DataError(f"{source}: expected 2 or more different posts, got {len(posts)}: add some")
     # A share of the posts, at least one on each side.
     count = min(max(round(validation_share * len(posts)), 1), len(posts) - 1)
     # A generator of its own: the global random state stays as it was.

@@ -201,11 +201,11 @@ def test_reward_model_learns_and_is_normalised(model, tmp_path):
 def test_length_and_post_blind_baselines():
     # longer chosen, shorter chosen, equal: (1 + 0 + 1/2) / 3
     pairs = [([1], [2, 3, 9], [2, 9]), ([1], [9], [2, 9]), ([1], [4, 9], [2, 9])]
-    assert reward.length_accuracy(pairs) == pytest.approx(0.5)
+    assert figures.length_accuracy(pairs) == pytest.approx(0.5)
     seven_wins = [([1], [7, 9], [2, 9]), ([4], [3, 7, 9], [3, 5, 9])] * 20
-    assert reward.post_blind_accuracy(seven_wins, seven_wins[:2], 12) == 1.0
+    assert figures.post_blind_accuracy(seven_wins, seven_wins[:2], 12) == 1.0
     post_decides = [([1], [7, 9], [2, 9]), ([4], [2, 9], [7, 9])] * 20  # form says nothing
-    assert reward.post_blind_accuracy(post_decides, post_decides, 12) <= 0.5
+    assert figures.post_blind_accuracy(post_decides, post_decides, 12) <= 0.5
 
 
 def test_best_of_n_takes_the_best_by_score():

@@ -20,14 +20,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import figures
 import lm
 import ppo
 import reward
 import rlhf_minimal
 import run as run_file
 import toy
-from run import Run, SettingError, check_folder
+from run import Run, SettingError
 
 torch.set_num_threads(1)
 CONFIG = {"seed": 0, "kl_beta": 0.05, "files": {"ppo.py": "a1"}, "environment": {"torch": "2.13"}}
@@ -245,11 +244,12 @@ def test_each_file_a_result_depends_on_is_in_the_config(tmp_path):
     (tmp_path / "rows.jsonl").write_text("1")
     settings = {"seed": 0, "posts": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path)}
     files = run_file.describe(settings)["files"]
-    assert {"lm.py", "run.py", "reward.py", "ppo.py", "rlhf_minimal.py", "rows.jsonl"} <= {*files}
-    assert tmp_path.name not in files, "the run's own folder changes all the time"
+    assert {"lm.py", "run.py", "reward.py", "ppo.py", "rlhf_minimal.py", settings["posts"]} <= {*files}
+    assert str(tmp_path) not in files, "the run's own folder changes all the time"
     (tmp_path / "rows.jsonl").write_text("2")
     changed = run_file.describe(settings)["files"]
-    assert [name for name in files if files[name] != changed[name]] == ["rows.jsonl"]
+    assert [name for name in files if files[name] != changed[name]] == [
+        settings["posts"]]
 
 
 def test_without_output_dir_resume_takes_the_last_run(tmp_path, monkeypatch):
