@@ -77,8 +77,8 @@ FAST = {  # --fast_dev_run: so few of everything that only the code is tested
     "toy_posts": 64, "toy_comparisons": 200, "toy_held_out": 16, "ppo_episodes": 32,
     "ppo_batch_size": 16, "ppo_epochs": 2, "judge_every": 1, "judge_during": 8, "judge_posts": 16,
     "best_of_n": 4, "response_length": 16}
-ZERO_IS_FINE = ("seed", "resume", "restart", "save_seconds", "fast_dev_run", "kl_beta", "gamma", "lam", "missing_eos",
-                "value_weight", "sft_lr", "reward_lr", "ppo_lr", "judge_every")
+ZERO_IS_FINE = ("seed", "save_seconds", "kl_beta", "gamma", "lam", "missing_eos", "value_weight",
+                "sft_lr", "reward_lr", "ppo_lr", "judge_every")
 CONFIGS = (RunConfig, ToyConfig, SFTConfig, RewardConfig, PPOConfig, JudgeConfig)
 
 
@@ -106,7 +106,7 @@ def parse_settings(arguments):
     parser.set_defaults(**PRESETS[settings.preset], **(FAST if settings.fast_dev_run else {}))
     settings = parser.parse_args(arguments)
     for name, value in vars(settings).items():
-        if isinstance(value, (int, float)) and name not in ZERO_IS_FINE and not value > 0:
+        if type(value) in (int, float) and name not in ZERO_IS_FINE and not value > 0:
             fail(f"--{name} {value}: expected more than 0")
     if settings.resume and settings.restart:
         fail("--resume and --restart: expected one of them")

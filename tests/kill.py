@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
 
 import rlhf_minimal  # noqa: E402
@@ -24,12 +25,13 @@ SMALL = ("--seed 3 --toy_posts 640 --toy_comparisons 320 --toy_held_out 24 --ppo
          "--best_of_n 2 --response_length 16 --toy_width 32 --save_seconds 0.1").split()
 
 
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
+def die_inside_write(number, kinds):
+    """Kill this process at the number-th write from now; a line in the file kinds says in which."""
+    def die(kind):
+        with open(kinds, "a", encoding="utf-8") as file:
+            file.write(kind + "\n")
+        os.kill(os.getpid(), signal.SIGKILL)
 
-
-def die_inside_write(number):
-    """Kill this process at the number-th write from now."""
     left = [number]
 
     def count_down():
@@ -38,21 +40,21 @@ def die_inside_write(number):
 
     def replace(source, target, really=os.replace):
         if count_down():
-            die()
+            die("before a rename")
         really(source, target)
         if count_down():
-            die()
+            die("after a rename")
 
     def save_file(tensors, path, really=run.save_file):
         really(tensors, path)
         if count_down():
             os.truncate(path, os.path.getsize(path) // 2)
-            die()
+            die("half a checkpoint")
 
     def write_text(path, text, really=Path.write_text, **encoding):
         if count_down():
             really(path, text[: len(text) // 2], **encoding)
-            die()
+            die("half a text")
         really(path, text, **encoding)
 
     class Torn:
@@ -68,7 +70,7 @@ def die_inside_write(number):
         def write(self, line):
             if random.random() < 0.1 and count_down():  # there are many more lines than files
                 self.file.write(line[: len(line) // 2])
-                die()
+                die("half a line")
             self.file.write(line)
 
     os.replace, run.save_file, Path.write_text, run.open = replace, save_file, write_text, Torn
@@ -125,8 +127,8 @@ def main():
                 os.kill(child, signal.SIGKILL)
             else:
                 number = random.randint(1, 25)
-                child = start(folder / f"chain{chain}", lambda: (random.seed(number),
-                                                                 die_inside_write(number)))
+                child = start(folder / f"chain{chain}", lambda: (
+                    random.seed(number), die_inside_write(number, folder / "kinds.txt")))
             ended = finish(child)
             kills -= not ended
         chain += 1
