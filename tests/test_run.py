@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import json
 import math
 import os
@@ -105,12 +106,16 @@ def test_lines_logged_after_the_last_checkpoint_and_torn_ones_are_dropped(tmp_pa
     assert [row["step"] for row in run.history("sft")] == [*range(12)]
 
 
-def test_seconds_go_on_from_where_they_were(tmp_path):
+def test_seconds_go_on_from_where_they_were(tmp_path, monkeypatch):
+    clock = itertools.count(0, 1000)
+    monkeypatch.setattr(run_file.time, "perf_counter", lambda: next(clock))
     interrupted(tmp_path / "run", 5)
+    monkeypatch.undo()
     run = new_run(tmp_path / "run", resume=True)
-    run.started -= 100  # as if this process had spent 100 s before the loop: redone work
+    run.started -= 10**9  # what this process did before the loop was done before, too
     learn(run)
-    assert 0 < run.seconds["sft"] < 50 and run.total_seconds()["total"] < 50
+    for seconds in (run.seconds["sft"], run.total_seconds()["total"]):
+        assert 5000 < seconds < 10**6
 
 
 @pytest.mark.parametrize("harm", [
@@ -225,6 +230,7 @@ def test_resume_with_other_settings_or_files_is_refused_in_one_line(change, mess
     assert before == [(path, path.stat().st_mtime_ns)
                       for path in sorted((tmp_path / "run").rglob("*"))]
     new_run(tmp_path / "run", {**CONFIG, "output_dir": "elsewhere", "save_seconds": 5}, resume=True)
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
 
 
 def test_another_version_is_said_and_not_refused(tmp_path, capsys):
@@ -501,6 +507,67 @@ def test_an_abstaining_judge_and_a_blind_reward_model_are_in_terminal_and_report
     results = json.loads((tmp_path / "run" / "results.json").read_text(),
                          parse_constant=pytest.fail)
     assert results["ppo_vs_sft"]["win_rate"] is None and results["ppo_vs_sft"]["n"] == 0
+
+
+# ---------------------------------------------------------------------------- each stage
+
+
+def train_stage(stage, run, model):
+    """Everything that a stage changes, after it."""
+    torch.manual_seed(1)  # for the reward model's head
+    reward_model = reward.RewardModel(model)
+    if stage == "sft":
+        lm.train_sft(run, model, QUERIES, [[7, 2, 9], [3, 9]] * 8, 0,
+                     SimpleNamespace(sft_lr=1e-2, sft_batch_size=4, sft_epochs=2))
+        changed = [model]
+    elif stage == "reward":
+        reward.train_reward(run, reward_model, [(q, [1, 7, 9], [1, 2, 9]) for q in QUERIES], 0,
+                            SimpleNamespace(reward_lr=1e-2, reward_batch_size=4, reward_epochs=2))
+        changed = [reward_model]
+    else:
+        critic = ppo.train_ppo(run, model, reward_model, QUERIES, TOKENIZER,
+                               ppo_config(ppo_episodes=96))
+        changed = [model, critic]
+    return [p.detach().clone() for module in changed for p in module.parameters()]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_each_stage_resumes_exactly(stage, model, tmp_path):
+    whole = new_run(tmp_path / "whole")
+    expected = train_stage(stage, whole, copy.deepcopy(model))
+    run = new_run(tmp_path / "run", save_seconds=0)
+    really = run.log
+
+    def log(stage, step, **metrics):
+        really(stage, step, **metrics)
+        if step == 3:
+            raise Killed
+
+    run.log = log
+    with pytest.raises(Killed):
+        train_stage(stage, run, copy.deepcopy(model))
+    run.lock.release()
+    again = new_run(tmp_path / "run", resume=True)
+    assert equal(train_stage(stage, again, copy.deepcopy(model)), expected)
+    assert again.lines == whole.lines
+
+
+def test_resume_of_a_finished_run_says_so_and_does_nothing(tmp_path, capsys):
+    arguments = ["--fast_dev_run", "--output_dir", str(tmp_path / "run")]
+    rlhf_minimal.main(arguments)
+    before = [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "run").rglob("*"))]
+    capsys.readouterr()
+    rlhf_minimal.main([*arguments, "--resume"])
+    out = capsys.readouterr().out
+    assert "finished, nothing to resume" in out and "win rate" not in out
+    assert before == [(path, path.stat().st_mtime_ns)
+                      for path in sorted((tmp_path / "run").rglob("*"))]
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main([*arguments, "--resume", "--kl_beta", "0.1"])
+    assert "kl_beta was 0.05 and is now 0.1" in stop.value.code
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main([*arguments, "--resume", "--restart"])
+    assert "expected one of them" in stop.value.code
 
 
 # ---------------------------------------------------------------------------- memory
