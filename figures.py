@@ -103,11 +103,20 @@ def judged(run, judge, name, posts, ours, theirs):
             "mean_length": mean_words(ours), "mean_length_other": mean_words(theirs)}, outcomes
 
 
+def judge_the_judge(run, ask, rows):
+    """How often the judge agrees with the labels of held-out comparisons: what its win rates are
+    worth. Both orders, ties count half."""
+    rate, _ = ask(*([row[key] for row in rows] for key in ("post", "chosen", "rejected")))
+    print(f"judge {rate['judge']}: agrees with {rate['win_rate']:.3f} ({rate['low']:.3f} - "
+          f"{rate['high']:.3f}) of {len(rows)} held-out labels, {rate['abstentions']} abstentions")
+    return {"judge_agreement": rate}
+
+
 def judge_during(run, update, ask, posts, summaries, sft_summaries):
     """Log the win rates of the policy after a PPO update."""
     line = {"length": mean_words(summaries)}
     references = [post["summary"] for post in posts]
-    for name, theirs in (("reference", references), ("sft", sft_summaries)):
+    for name, theirs in (("reference", references), ("sft", sft_summaries[: len(posts)])):
         rate, _ = ask(posts, summaries, theirs)
         line |= {f"vs_{name}_{key}": rate[key] for key in ("win_rate", "low", "high", "n")}
     if "facts" in posts[0]:  # the tiny world
@@ -124,16 +133,14 @@ def best_of_n(write, reward_of, model, posts, n):
     return [samples[max(range(row, row + n), key=scores.__getitem__)] for row in rows]
 
 
-def finish(run, settings, results, ask, reward_of, write, sft, policy, posts):
-    """Judge what was trained on held-out posts; complete, save, report and return the results."""
+def finish(run, settings, results, ask, reward_of, posts, sft_summaries, summaries, best):
+    """Judge the summaries of held-out posts; complete, save, report and return the results."""
     few = posts[: settings.judge_during]
     with run.timed("judge"):
         references = [post["summary"] for post in posts]
-        sft_summaries, summaries = write(sft, posts), write(policy, posts)
         results["sft_vs_reference"], _ = ask(posts, sft_summaries, references)
         results["ppo_vs_reference"], vs_reference = ask(posts, summaries, references)
         results["ppo_vs_sft"], vs_sft = ask(posts, summaries, sft_summaries)
-        best = best_of_n(write, reward_of, sft, few, settings.best_of_n)
         results["best_of_n_vs_reference"], _ = ask(few, best, references[: len(few)])
         results["best_of_n_kl"] = best_of_n_kl(settings.best_of_n)
         if "facts" in posts[0]:  # the tiny world

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
 
-from lm import get_position_ids, pad
+from lm import get_position_ids, load_language_model, pad
 from tldr import build_prompt, truncate_post
 
 
@@ -271,10 +270,11 @@ def language_model_judge(model, tokenizer, batch_size=8, min_probability=0.5, ma
     return judge
 
 
-def load_judge(name, score=None):
+def load_judge(name, score=None, small=False):
     """JudgeConfig.judge -> a judge; score(posts, summaries) -> floats is for "reward_model".
 
-    Raises ValueError on "labeler" or None, and on "reward_model" without a score.
+    Raises ValueError on "labeler" or None, and on "reward_model" without a score. small: a model of
+    the same architecture with random weights.
     """
     if name in (None, "labeler") or name == "reward_model" and score is None:
         raise ValueError(f"judge {name}: the labeler exists in the tiny world only, reward_model "
@@ -287,8 +287,7 @@ def load_judge(name, score=None):
     # Qwen/Qwen3-4B-Instruct-2507 is under Apache-2.0.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32  # bfloat16 is slow on most CPUs
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer, model = load_language_model(name, device, dtype, small=small)
     return language_model_judge(model.requires_grad_(False), tokenizer)
 
 

@@ -7,11 +7,16 @@ log-probs and values of the response come from positions [Q-1 : -1]. B = batch, 
 
 import hashlib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.hf_argparser import HfArg
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from run import SettingError, from_hub, n_processes, rank, sum_over_processes
 
 
 def check_shapes(**tensors):
@@ -192,6 +197,71 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
     return responses[:, : t + 1]
 
 
+# ---------------------------------------------------------------------------- models, and fitting them
+
+
+def shrink(config):
+    """The same architecture and vocabulary, so small that --fast_dev_run takes seconds anywhere."""
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "rotary_dim": 8,
+             "num_key_value_heads": 2, "intermediate_size": 128, "head_dim": 16}
+    kept = {key: value for key, value in config.to_dict().items() if key != "layer_types"}
+    names = {key: config.attribute_map.get(key, key) for key in small}
+    return type(config).from_dict({**kept, **{names[key]: value for key, value in small.items()
+                                              if hasattr(config, key)}})
+
+
+def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None, small=False):
+    """Tokenizer and model of a local folder or hub id, in eval mode."""
+    tokenizer_name = tokenizer or name
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, tokenizer_name)
+    if not tokenizer("a")["input_ids"] or tokenizer.eos_token is None:
+        # what AutoTokenizer gives, without a word, for a repository that has none
+        raise SettingError(f"{tokenizer_name} has no usable tokenizer (text gives no ids, or no "
+                           "EOS): name that of its base model with --tokenizer")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # safe: masks are made from lengths, not from ids
+    if small:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shrink(from_hub(AutoConfig.from_pretrained, name)))
+    else:
+        model = from_hub(AutoModelForCausalLM.from_pretrained, name, dtype=dtype)
+    rows = model.get_input_embeddings().num_embeddings  # may be more: 50400 for 50257 in GPT-J
+    if rows < len(tokenizer):
+        raise SettingError(f"{tokenizer_name}: {len(tokenizer)} tokens, but {name} knows {rows}: "
+                           "this tokenizer belongs to another model")
+    return tokenizer, model.to(device).eval()
+
+
+def add_adapter(model, rank):
+    """Freeze model and give its linear layers trainable low-rank adapters, which start as zero (Hu
+    et al. 2021). A departure: the paper trains all weights. Returns the PeftModel around it."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise SettingError('--lora_rank needs peft: pip install -e ".[lora]"') from None
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank,
+                                            target_modules="all-linear"))
+
+
+def without_adapter(model):
+    """Within this context a model is what it was before add_adapter."""
+    return model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
+
+
+def checkpoint_activations(model):
+    """Keep the input of each layer only, and compute the rest again in the backward pass."""
+    def switch(module, _):
+        for layer in module.modules():
+            if isinstance(layer, GradientCheckpointingLayer):
+                # the layer's own switch: off while sampling, where it would cost the cache; its
+                # dropouts stay off as well
+                layer.training = torch.is_grad_enabled()
+
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.20 on
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.register_forward_pre_hook(switch)
+
+
 # ---------------------------------------------------------------------------- schedules
 
 
@@ -248,6 +318,14 @@ class SFTConfig:
     sft_epochs: int = HfArg(default=1, help="paper: 1 (B.1)")
 
 
+@dataclass
+class ModelConfig:
+    lora_rank: int = HfArg(default=0, help="of adapters; 0 = train all weights, as the paper does")
+    micro_batch_size: int = HfArg(default=0, help="rows in memory at a time; 0 = the whole batch")
+    rollout_batch_size: int = HfArg(default=0, help="rows sampled at a time; 0 = the whole batch")
+    checkpoint_activations: bool = HfArg(default=False, help="less memory, a third more compute")
+
+
 def epoch_batches(n, batch_size, epochs, seed, stage):
     """Total number of steps, and a function step -> row numbers: each epoch is shuffled anew."""
     batch_size = min(batch_size, n)
@@ -261,35 +339,61 @@ def epoch_batches(n, batch_size, epochs, seed, stage):
     return per_epoch * epochs, rows
 
 
+def microbatches(rows, size):
+    """This process's rows of a minibatch, `size` at a time (0: all at once)."""
+    rows = rows[rank() :: n_processes()]
+    return [rows[i : i + (size or len(rows))] for i in range(0, len(rows), size or len(rows))]
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
 def train_sft(run, model, queries, responses, pad_id, config):
     """Step 1, supervised fine-tuning: maximise log pi(reference | post). Loss on the response and
     its EOS alone: the paper trains to "predict summaries"; N+ has it on the query too."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.sft_lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(trainable(model), lr=config.sft_lr, betas=(0.9, 0.95))
     total, rows = epoch_batches(len(queries), config.sft_batch_size, config.sft_epochs,
                                 run.seed, "sft")
+
+    def losses(batch):
+        n_tokens = sum(len(responses[i]) for i in batch)
+        for part in microbatches(batch, config.micro_batch_size):
+            input_ids, mask, width = join([queries[i] for i in part], [responses[i] for i in part],
+                                          pad_id, model.device)
+            log_probs = response_log_probs(model, input_ids, mask, input_ids.shape[1] - width)
+            mask = mask[:, width:]
+            yield -masked_mean(log_probs, mask) * (mask.sum() / n_tokens)
+
     for step in run.steps("sft", total, model=model, optimizer=optimizer):
-        batch = rows(step)
-        input_ids, mask, width = join([queries[i] for i in batch], [responses[i] for i in batch],
-                                      pad_id, model.device)
-        log_probs = response_log_probs(model, input_ids, mask, input_ids.shape[1] - width)
-        loss = -masked_mean(log_probs, mask[:, width:])
-        update(optimizer, loss, config.sft_lr * cosine_schedule(step, total), 1.0)
-        run.log("sft", step, loss=loss.item())
+        loss = update(optimizer, losses(rows(step)), config.sft_lr * cosine_schedule(step, total),
+                      1.0)
+        run.log("sft", step, loss=loss)
 
 
-def update(optimizer, loss, lr, max_grad_norm=math.inf, name="loss"):
-    """One optimiser step at learning rate lr; returns the gradient norm before clipping. Raises
-    FloatingPointError, the weights unchanged, where loss or gradient is not finite."""
+def update(optimizer, losses, lr, max_grad_norm=math.inf, name="loss"):
+    """One optimiser step at learning rate lr on the sum of `losses`: scalars, one per microbatch,
+    each computed when its turn comes, so that only one microbatch's activations exist at a time.
+
+    Each is already its share of the mean over the whole minibatch, here and on all processes; sums
+    of such losses and of their gradients are those of the minibatch in one piece (a mean of
+    microbatch means is not: short summaries would count more). Returns the summed loss. Raises
+    FloatingPointError, the weights unchanged, where loss or gradient is not finite.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad()
-    check_finite(**{name: loss})
-    loss.backward()
+    total = torch.zeros((), device=parameters[0].device)
+    for loss in losses:
+        loss.backward()
+        total += loss.detach()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    sum_over_processes(total, *gradients)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    check_finite(**{f"gradient of the {name}": norm})
+    check_finite(**{name: total, f"gradient of the {name}": norm})
     optimizer.step()
-    return norm.item()
+    return total.item()
 
 
 if __name__ == "__main__":

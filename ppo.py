@@ -6,13 +6,17 @@ policy and the critic, four passes over each batch. `python ppo.py` prints a wor
 
 import copy
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers.hf_argparser import HfArg
 
-from lm import check_finite, check_mask, check_shapes, generator_for, get_response_mask
-from lm import linear_schedule, masked_mean, pad, response_log_probs, sample, update, zero_off
+from lm import add_adapter, check_finite, check_mask, check_shapes, checkpoint_activations
+from lm import generator_for, get_response_mask, linear_schedule, masked_mean, pad
+from lm import response_log_probs, sample, trainable, update, without_adapter, zero_off
+from run import gather, n_processes, rank, sum_over_processes
 
 
 @dataclass
@@ -161,18 +165,26 @@ def rollout(policy, reference, reward_model, critic, queries, tokenizer, config,
     """
     pad_id, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     query_ids, query_mask = (x.to(policy.device) for x in pad(queries, pad_id, left=True))
-    responses = sample(policy, query_ids, query_mask, config.response_length, eos_token_id=eos,
-                       pad_token_id=pad_id, temperature=config.temperature, generator=generator)
+    at_a_time = config.rollout_batch_size or len(queries)
+    responses = pad_sequence([row for ids, mask in zip(query_ids.split(at_a_time),
+                                                       query_mask.split(at_a_time))
+                              for row in sample(
+                                  policy, ids, mask, config.response_length, eos_token_id=eos,
+                                  pad_token_id=pad_id, temperature=config.temperature,
+                                  generator=generator)], batch_first=True, padding_value=pad_id)
     mask = get_response_mask(responses, eos)
     ended = (responses == eos).any(1)
     input_ids = torch.cat([query_ids, responses], 1)
     attention_mask = torch.cat([query_mask, mask.long()], 1)
 
-    inputs = input_ids, attention_mask, responses.shape[1]
-    log_probs = response_log_probs(policy, *inputs, config.temperature)
-    ref_log_probs = response_log_probs(reference, *inputs, config.temperature)
-    values = response_values(critic, *inputs)
-    scores = reward_model.score(input_ids, attention_mask)
+    measured = []
+    for ids, real in zip(input_ids.split(at_a_time), attention_mask.split(at_a_time)):
+        inputs = ids, real, responses.shape[1]
+        with without_adapter(reference):
+            ref_log_probs = response_log_probs(reference, *inputs, config.temperature)
+        measured.append((response_log_probs(policy, *inputs, config.temperature), ref_log_probs,
+                         response_values(critic, *inputs), reward_model.score(ids, real)))
+    log_probs, ref_log_probs, values, scores = map(torch.cat, zip(*measured))
     scores = penalize_missing_eos(scores, ended, config.missing_eos)
 
     rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_beta)
@@ -180,8 +192,18 @@ def rollout(policy, reference, reward_model, critic, queries, tokenizer, config,
     kl = zero_off(mask, log_probs - ref_log_probs)[0].sum(1)  # nats per summary
     return {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask,
             "log_probs": log_probs, "ref_log_probs": ref_log_probs, "values": values,
-            "advantages": whiten(advantages, mask), "returns": returns, "scores": scores, "kl": kl,
-            "ended": ended}
+            "advantages": whiten_over_processes(advantages, mask), "returns": returns,
+            "scores": scores, "kl": kl, "ended": ended}
+
+
+def whiten_over_processes(advantages, mask):
+    """whiten over the tokens of all processes: gather, whiten, take our own."""
+    if n_processes() == 1:
+        return whiten(advantages, mask)
+    tokens = gather(advantages[mask])  # one vector per process
+    flat = torch.cat(tokens)
+    whitened = whiten(flat, torch.ones_like(flat)).split([len(part) for part in tokens])[rank()]
+    return torch.zeros_like(advantages).masked_scatter(mask, whitened)
 
 
 def check_first_update(log_probs, batch, tolerance=1e-4):
@@ -222,60 +244,89 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
     queries: lists of token ids. evaluate(update), if given, is called after every update.
     The SFT model (reference) and the reward model stay as they are.
     """
-    reference = copy.deepcopy(policy).requires_grad_(False)  # pi_SFT
+    reward_model.requires_grad_(False)
     # section 3.4: the value function is initialised to the reward model, head and all, and shares
     # no weight with the policy, which value updates could damage early on (App. G.1)
-    critic = copy.deepcopy(reward_model).requires_grad_(True)
-    reward_model.requires_grad_(False)
-    policy_optimizer = torch.optim.Adam(policy.parameters(), lr=config.ppo_lr, eps=1e-5)
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=config.ppo_lr, eps=1e-5)
+    if config.lora_rank:  # pi_SFT is the policy without its adapter, r the critic without its own
+        torch.manual_seed(run.seed)
+        network = reference = add_adapter(policy, config.lora_rank)
+        reward_model.trunk = add_adapter(reward_model.trunk, config.lora_rank)
+        # deepcopy takes what its second argument holds for copied: the two share the trunk
+        critic = copy.deepcopy(reward_model, {id(reward_model.trunk): reward_model.trunk})
+        critic.head.requires_grad_(True)
+        reward_model.use_adapter = False
+    else:
+        network, reference = policy, copy.deepcopy(policy).requires_grad_(False)
+        critic = copy.deepcopy(reward_model).requires_grad_(True)
+    if config.checkpoint_activations:
+        checkpoint_activations(policy)
+        checkpoint_activations(critic.trunk)
+    policy_optimizer = torch.optim.Adam(trainable(network), lr=config.ppo_lr, eps=1e-5)
+    critic_optimizer = torch.optim.Adam(trainable(critic), lr=config.ppo_lr, eps=1e-5)
 
-    posts_per_update = max(1, config.ppo_batch_size // config.return_sequences)
+    def parts(rows, count):
+        """The microbatches of these rows, each with its share of the minibatch's tokens."""
+        for some in rows.split(config.micro_batch_size or len(rows)):
+            part = {name: tensor[some] for name, tensor in batch.items()}
+            yield part, part["mask"].sum() / count
+
+    def policy_losses(rows, count):
+        for part, share in parts(rows, count):
+            log_probs = response_log_probs(network, part["input_ids"], part["attention_mask"],
+                                           width, config.temperature)
+            if step == n_updates == 0:
+                check_first_update(log_probs.detach(), part,
+                                   1e-4 if policy.dtype == torch.float32 else 5e-2)
+            loss, clipped = policy_loss(log_probs, part["log_probs"], part["advantages"],
+                                        part["mask"], config.clip_range)
+            stats["policy_loss"] += loss.detach() * share
+            stats["clip_fraction"] += clipped * share
+            yield loss * share
+
+    def value_losses(rows, count):
+        for part, share in parts(rows, count):
+            values = response_values(critic, part["input_ids"], part["attention_mask"], width)
+            loss, clipped = value_loss(values, part["values"], part["returns"], part["mask"],
+                                       config.clip_range_value)
+            stats["value_loss"] += loss.detach() * share
+            stats["value_clip_fraction"] += clipped * share
+            yield config.value_weight * loss * share
+
+    n_posts = max(1, config.ppo_batch_size // config.return_sequences)
     total = max(1, config.ppo_episodes // config.ppo_batch_size)
-    for step in run.steps("ppo", total, snapshot=True, policy=policy, critic=critic,
+    for step in run.steps("ppo", total, snapshot=True, policy=network, critic=critic,
                           policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer):
-        generator = generator_for(run.seed, "ppo", step, device=policy.device)
-        chosen = range(step * posts_per_update, (step + 1) * posts_per_update)
+        generator = generator_for(run.seed, "ppo", step, *[rank()] * (rank() > 0),
+                                  device=policy.device)
+        chosen = range(step * n_posts, (step + 1) * n_posts)[rank() :: n_processes()]
         # every summary of a post is trained on: a best-of-n choice would not be pi_old's sample
-        batch = rollout(policy, reference, reward_model, critic,
+        batch = rollout(network, reference, reward_model, critic,
                         [queries[i % len(queries)] for i in chosen
                          for _ in range(config.return_sequences)], tokenizer, config, generator)
         check_finite(reward=batch["scores"], KL=batch["kl"], **{"return": batch["returns"]})
         lr = config.ppo_lr * linear_schedule(step, total)
-        width = batch["mask"].shape[1]
-        stats = []
+        width, n_updates, stats = batch["mask"].shape[1], 0, Counter()
         for epoch in range(config.ppo_epochs):
             order = torch.randperm(len(batch["mask"]),
                                    generator=generator_for(run.seed, "ppo epoch", step, epoch))
             for rows in order.to(policy.device).chunk(config.ppo_minibatches):
-                part = {name: tensor[rows] for name, tensor in batch.items()}
-                inputs = part["input_ids"], part["attention_mask"], width
-                log_probs = response_log_probs(policy, *inputs, config.temperature)
-                if step == epoch == len(stats) == 0:
-                    check_first_update(log_probs.detach(), part,
-                                       1e-4 if policy.dtype == torch.float32 else 5e-2)
-                loss, clip_fraction = policy_loss(log_probs, part["log_probs"], part["advantages"],
-                                                  part["mask"], config.clip_range)
-                update(policy_optimizer, loss, lr, config.max_grad_norm, "policy_loss")
-
-                values = response_values(critic, *inputs)
-                critic_loss, value_clip_fraction = value_loss(
-                    values, part["values"], part["returns"], part["mask"], config.clip_range_value)
-                update(critic_optimizer, config.value_weight * critic_loss, lr,
-                       config.max_grad_norm, "value_loss")
-                stats.append([loss.item(), critic_loss.item(), clip_fraction.item(),
-                              value_clip_fraction.item()])
-        loss, critic_loss, clip_fraction, value_clip_fraction = torch.tensor(stats).mean(0).tolist()
-        run.log("ppo", step, reward=batch["scores"].mean().item(),
-                kl_per_summary=batch["kl"].mean().item(),
-                length=batch["mask"].sum(1).float().mean().item(),
-                entropy=-masked_mean(batch["log_probs"], batch["mask"]).item(),
-                ended=batch["ended"].float().mean().item(), policy_loss=loss,
-                value_loss=critic_loss, clip_fraction=clip_fraction,
-                value_clip_fraction=value_clip_fraction, lr=lr)
+                count = sum_over_processes(batch["mask"][rows].sum())
+                update(policy_optimizer, policy_losses(rows, count), lr, config.max_grad_norm,
+                       "policy_loss")
+                update(critic_optimizer, value_losses(rows, count), lr, config.max_grad_norm,
+                       "value_loss")
+                n_updates += 1
+        means = {"reward": batch["scores"], "kl_per_summary": batch["kl"],
+                 "length": batch["mask"].sum(1), "ended": batch["ended"],
+                 "entropy": -batch["log_probs"][batch["mask"]]}
+        run.log("ppo", step, lr=lr,
+                **{name: torch.cat(gather(x.float())).mean().item() for name, x in means.items()},
+                **{name: sum_over_processes(x).item() / n_updates for name, x in stats.items()})
         warn_of_collapse(run)
         if evaluate:
             evaluate(step + 1)
+    if config.lora_rank:
+        network.merge_and_unload()  # into the weights of policy
     return critic
 
 

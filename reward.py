@@ -7,6 +7,7 @@ preferred summary scores higher, then shifted so that the human references score
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from transformers import AutoConfig, AutoModel
 from transformers.hf_argparser import HfArg
 
 from lm import check_shapes, cosine_schedule, epoch_batches, get_position_ids, join
-from lm import last_token_index, update
+from lm import last_token_index, microbatches, trainable, update, without_adapter
+from run import sum_over_processes
 
 
 @dataclass
@@ -44,6 +46,8 @@ def preference_loss(chosen, rejected):
 class RewardModel(nn.Module):
     """Trunk of any AutoModelForCausalLM (copied, its lm head dropped) and a scalar head."""
 
+    use_adapter = True  # False where the trunk is shared with a critic, whose adapter is not ours
+
     def __init__(self, language_model):
         super().__init__()
         self._build(copy.deepcopy(language_model.base_model))
@@ -59,13 +63,17 @@ class RewardModel(nn.Module):
 
     def forward(self, input_ids, attention_mask):
         """(B, L), (B, L) -> (B, L): a score at every real position; at padding it means nothing."""
-        hidden = self.trunk(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=get_position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state  # (B, L, d)
-        return self.head(hidden.to(self.head.weight.dtype)).squeeze(-1) - self.reference_mean
+        with nullcontext() if self.use_adapter else without_adapter(self.trunk):
+            hidden = self.trunk(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=get_position_ids(attention_mask),
+                use_cache=False,
+            ).last_hidden_state  # (B, L, d)
+        # a score is a single number: float32, whatever the trunk and autocast compute in
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        return scores - self.reference_mean
 
     def score(self, input_ids, attention_mask):
         """(B, L), (B, L) -> (B,): the score at the last real token, the EOS of an ended summary."""
@@ -75,7 +83,11 @@ class RewardModel(nn.Module):
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (trunk, head, reference_mean) to folder."""
         self.trunk.config.save_pretrained(folder)
-        save_model(self, str(Path(folder) / "model.safetensors"))
+        model = self
+        if hasattr(self.trunk, "merge_and_unload"):  # an adapter is added to a copy of the weights
+            model = copy.deepcopy(self)
+            model.trunk = model.trunk.merge_and_unload()
+        save_model(model, str(Path(folder) / "model.safetensors"))
 
     @classmethod
     def from_pretrained(cls, folder):
@@ -104,18 +116,24 @@ def score_summaries(reward_model, queries, responses, pad_id, batch_size=256):
 def train_reward(run, reward_model, pairs, pad_id, config):
     """One pass of Adam over pairs = [(query, chosen, rejected), ...], lists of token ids."""
     device = reward_model.head.weight.device
-    optimizer = torch.optim.Adam(reward_model.parameters(), lr=config.reward_lr)
+    optimizer = torch.optim.Adam(trainable(reward_model), lr=config.reward_lr)
     total, rows = epoch_batches(len(pairs), config.reward_batch_size, config.reward_epochs,
                                 run.seed, "reward")
+
+    def losses(batch):
+        for part in microbatches(batch, config.micro_batch_size):
+            queries, chosen, rejected = zip(*(pairs[i] for i in part))
+            # one forward pass for both, so that they share one padding (N+ study, detail 10)
+            input_ids, mask, _ = join(queries + queries, chosen + rejected, pad_id, device)
+            score_chosen, score_rejected = reward_model.score(input_ids, mask).chunk(2)
+            hits.append((score_chosen > score_rejected).sum())
+            yield preference_loss(score_chosen, score_rejected) * (len(part) / len(batch))
+
     for step in run.steps("reward", total, model=reward_model, optimizer=optimizer):
-        queries, chosen, rejected = zip(*(pairs[i] for i in rows(step)))
-        # one forward pass for both, so that they share one padding (N+ study, detail 10)
-        input_ids, mask, _ = join(queries + queries, chosen + rejected, pad_id, device)
-        score_chosen, score_rejected = reward_model.score(input_ids, mask).chunk(2)
-        loss = preference_loss(score_chosen, score_rejected)
-        update(optimizer, loss, config.reward_lr * cosine_schedule(step, total))
-        run.log("reward", step, loss=loss.item(),
-                accuracy=preference_accuracy(score_chosen, score_rejected))
+        batch, hits = rows(step), []
+        loss = update(optimizer, losses(batch), config.reward_lr * cosine_schedule(step, total))
+        n_hits = sum_over_processes(torch.stack(hits).sum())
+        run.log("reward", step, loss=loss, accuracy=n_hits.item() / len(batch))
 
 
 def normalize(reward_model, queries, references, pad_id):

@@ -8,7 +8,6 @@ posts -> SFT -> comparisons -> reward model -> PPO -> judged win rates, in a fol
 """
 
 import argparse
-import copy
 import json
 import shlex
 import sys
@@ -19,17 +18,18 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, logging
+from transformers import AutoConfig, HfArgumentParser, logging
 from transformers.hf_argparser import HfArg
 
 import figures
 import toy
 from judge import JudgeConfig, load_judge, quality_judge
-from lm import SFTConfig, decode_response, encode_response, generator_for, sample_responses
-from lm import train_sft
+from lm import ModelConfig, SFTConfig, add_adapter, checkpoint_activations, decode_response
+from lm import encode_response, generator_for, load_language_model, sample_responses, train_sft
 from ppo import PPOConfig, train_ppo
 from reward import RewardConfig, RewardModel, normalize, score_summaries, train_reward
-from run import Run, SettingError, check_folder, choose_folder, describe
+from run import Run, SettingError, available_memory, check_folder, check_memory, choose_folder
+from run import describe, from_hub, go_offline_unless_reachable, memory_plan, rank, start_processes
 from tldr import DataError, divide_by_post, encode_prompt, load_comparisons, load_posts
 from tldr import without_posts_of
 
@@ -52,6 +52,8 @@ class RunConfig:
     reward_model: str = HfArg(default=None, help="folder of a reward_model/: skips its training")
     query_length: int = HfArg(default=512, help="tokens of a prompt at most; paper: 512 (B.2)")
     summary_length: int = HfArg(default=128, help="of a given summary; 2020 code: 128 for the RM")
+    tokenizer: str = HfArg(default=None, help="hub id or folder, for an sft_model without one")
+    prompt_newlines: int = HfArg(default=2, help="between its fields; paper: 2, CarperAI: 1")
 
 
 @dataclass
@@ -69,17 +71,25 @@ PRESETS = {
     "full": {  # 1.3B column of appendix B.1
         "comparisons": "openai/summarize_from_feedback",
         "posts": "vwxyzjn/summarize_from_feedback_tldr_3_filtered",
-        "sft_model": "CarperAI/openai_summarize_tldr_sft", "judge": "Qwen/Qwen2.5-3B-Instruct",
+        # GPT-J-6B; trained with single newlines, published without its tokenizer
+        "sft_model": "CarperAI/openai_summarize_tldr_sft", "tokenizer": "EleutherAI/gpt-j-6B",
+        "prompt_newlines": 1,
+        # for research only; under Apache-2.0: Qwen/Qwen3-4B-Instruct-2507
+        "judge": "Qwen/Qwen2.5-3B-Instruct",
         "reward_lr": 1.5e-5, "reward_batch_size": 64, "ppo_lr": 1.5e-5, "ppo_episodes": 1_000_000,
-        "ppo_batch_size": 512, "temperature": 0.7},
+        "ppo_batch_size": 512, "temperature": 0.7,
+        # so that it fits on one GPU of 80 GB
+        "lora_rank": 16, "micro_batch_size": 16, "rollout_batch_size": 64,
+        "checkpoint_activations": True},
 }
 FAST = {  # --fast_dev_run: so few of everything that only the code is tested
     "toy_posts": 64, "toy_comparisons": 200, "toy_held_out": 16, "ppo_episodes": 32,
     "ppo_batch_size": 16, "ppo_epochs": 2, "judge_every": 1, "judge_during": 8, "judge_posts": 16,
-    "best_of_n": 4, "response_length": 16}
-ZERO_IS_FINE = ("seed", "save_seconds", "kl_beta", "gamma", "lam", "missing_eos", "value_weight",
-                "sft_lr", "reward_lr", "ppo_lr", "judge_every")
-CONFIGS = (RunConfig, ToyConfig, SFTConfig, RewardConfig, PPOConfig, JudgeConfig)
+    "best_of_n": 4, "response_length": 16, "reward_batch_size": 8}
+ZERO_IS_FINE = ("seed", "save_seconds", "lora_rank", "micro_batch_size", "rollout_batch_size",
+                "sft_lr", "reward_lr", "ppo_lr", "kl_beta", "gamma", "lam", "missing_eos",
+                "value_weight", "judge_every")
+CONFIGS = (RunConfig, ToyConfig, ModelConfig, SFTConfig, RewardConfig, PPOConfig, JudgeConfig)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -103,7 +113,7 @@ def parse_settings(arguments):
     settings, _ = parser.parse_known_args(arguments)
     if settings.preset not in PRESETS:
         fail(f"--preset {settings.preset}: expected one of {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS[settings.preset], **(FAST if settings.fast_dev_run else {}))
+    parser.set_defaults(**{**PRESETS[settings.preset], **(FAST if settings.fast_dev_run else {})})
     settings = parser.parse_args(arguments)
     for name, value in vars(settings).items():
         if type(value) in (int, float) and name not in ZERO_IS_FINE and not value > 0:
@@ -159,21 +169,6 @@ def load_data(settings):
     return posts, held_out, compared, compared_held_out
 
 
-def load_language_model(name, device):
-    """Tokenizer and model of a local folder or hub id, in float32 and eval mode."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise SettingError(f"--sft_model {name}: {str(error).splitlines()[0]}") from None
-    if not tokenizer("a")["input_ids"]:  # what AutoTokenizer gives for a repository without one
-        raise SettingError(f"--sft_model {name} has no tokenizer files: put those of its base model"
-                           " beside the weights, in a local folder")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # safe: masks are made from lengths, not from ids
-    return tokenizer, model.to(device).eval()
-
-
 def make_tiny_model(posts, settings, device):
     """A tokenizer trained on the posts and a tiny transformer from scratch."""
     texts = [f"r/{p['subreddit']} {p['title']} {p['post']} {p['summary']}" for p in posts[:5000]]
@@ -189,7 +184,8 @@ def make_tiny_model(posts, settings, device):
 
 def encode(posts, summaries, tokenizer, settings):
     """Posts and summaries as token ids: queries and responses."""
-    return ([encode_prompt(post, tokenizer, settings.query_length) for post in posts],
+    gap = "\n" * settings.prompt_newlines
+    return ([encode_prompt(post, tokenizer, settings.query_length, gap) for post in posts],
             [encode_response(text, tokenizer, settings.summary_length) for text in summaries])
 
 
@@ -264,7 +260,13 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft):
     else:
         torch.manual_seed(settings.seed)  # for the head
         reward_model = RewardModel(sft)
+        if settings.lora_rank:
+            reward_model.trunk = add_adapter(reward_model.trunk, settings.lora_rank)
+        if settings.checkpoint_activations:
+            checkpoint_activations(reward_model.trunk)
         train_reward(run, reward_model, pairs, tokenizer.pad_token_id, settings)
+        if settings.lora_rank:
+            reward_model.trunk = reward_model.trunk.merge_and_unload()
         posts = posts[:1000]  # the mean is sharp enough by then
         references = [post["summary"] for post in posts]
         normalize(reward_model, *encode(posts, references, tokenizer, settings),
@@ -273,13 +275,36 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft):
     return reward_model
 
 
+def load_given(settings, device, score):
+    """The judge, and tokenizer and SFT model (None: to be trained), before any training: they may
+    not be there, or too large for this machine."""
+    small, judge = settings.fast_dev_run, settings.judge or "labeler"
+    dtype = torch.bfloat16 if settings.lora_rank and device != "cpu" else torch.float32
+    hub_ids = [name for name in (settings.posts, settings.comparisons, settings.sft_model, judge)
+               if "/" in str(name) and not Path(name).exists()]
+    if hub_ids:
+        go_offline_unless_reachable()
+    if settings.sft_model and not small:
+        configs = [from_hub(AutoConfig.from_pretrained, name) for name in (settings.sft_model, judge)
+                   if "/" in name]
+        check_memory(memory_plan(settings, *configs), *available_memory(device))
+    try:
+        judge = (quality_judge(toy.true_quality) if judge == "labeler"
+                 else load_judge(judge, score, small))
+    except ValueError as error:
+        raise SettingError(f"--judge {judge}: {error}") from None
+    if not settings.sft_model:
+        return judge, None
+    return judge, load_language_model(settings.sft_model, device, dtype, settings.tokenizer, small)
+
+
 def run_all(settings):
     """Every stage in the paper's order; returns what results.json holds."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    judge_name = settings.judge or "labeler"
+    device = start_processes()
     config = describe(vars(settings))
     folder, flags = settings.output_dir, (settings.restart, settings.resume)
-    check_folder(folder, config, *flags)
+    if rank() == 0:
+        check_folder(folder, config, *flags)
     if settings.resume and Path(folder, "results.json").exists():
         return print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
 
@@ -292,19 +317,15 @@ def run_all(settings):
     def evaluate(update):
         """The notebook's periodic win rate: every judge_every updates, on a few held-out posts."""
         if settings.judge_every and update % settings.judge_every == 0:
-            figures.judge_during(run, update, ask, few, written(policy, few), few_sft)
+            figures.judge_during(run, update, ask, few, written(policy, few), sft_texts)
 
-    try:  # before any training: it may not be there
-        judge = (quality_judge(toy.true_quality) if judge_name == "labeler"
-                 else load_judge(judge_name, reward_of))
-    except (OSError, ValueError) as error:
-        raise SettingError(f"--judge {judge_name}: {str(error).splitlines()[0]}") from None
-    given = load_language_model(settings.sft_model, device) if settings.sft_model else None
+    judge, given = load_given(settings, device, reward_of)
     posts, held_out, compared, compared_held_out = load_data(settings)
     run = Run(folder, config, *flags, settings.save_seconds)
-    ask = partial(figures.judged, run, judge, judge_name)
+    ask = partial(figures.judged, run, judge, settings.judge or "labeler")
     results = {"preset": settings.preset, "seed": settings.seed}
-    with run.guarded():
+    # with all weights trained in float32, a GPU still multiplies matrices in bfloat16
+    with run.guarded(), torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
         tokenizer, sft = supervise(run, settings, posts, device, given)
         if not settings.posts:
             compared, results["fact_accuracy"] = compare_in_tiny_world(
@@ -316,9 +337,13 @@ def run_all(settings):
         reward_model = make_reward_model(run, settings, posts, pairs, tokenizer, sft)
         results |= figures.measure_reward_model(run, reward_model, pairs, pairs_held_out, rows,
                                                 tokenizer)
+        results |= figures.judge_the_judge(run, ask, rows[: settings.judge_posts])
         held_out = held_out[: settings.judge_posts]
         few = held_out[: settings.judge_during]
-        few_sft, policy = written(sft, few), copy.deepcopy(sft)
+        # all that the SFT model has to write, before it becomes the policy
+        sft_texts = written(sft, held_out)
+        best = figures.best_of_n(written, reward_of, sft, few, settings.best_of_n)
+        policy = sft
         critic = train_ppo(run, policy, reward_model, encode(posts, [], tokenizer, settings)[0],
                            tokenizer, settings, evaluate)
         run.save_model("policy", policy, tokenizer)
@@ -326,8 +351,8 @@ def run_all(settings):
         last = run.history("ppo")[-1]
         print(f"ppo: {last['step'] + 1} updates, reward {last['reward']:.2f}, "
               f"KL {last['kl_per_summary']:.2f} nats per summary")
-        return figures.finish(run, settings, results, ask, reward_of, written, sft,
-                              policy, held_out)
+        return figures.finish(run, settings, results, ask, reward_of, held_out, sft_texts,
+                              written(policy, held_out), best)
 
 
 # ---------------------------------------------------------------------------- trying it out
@@ -347,7 +372,7 @@ def summarize(settings):
     vars(settings).update(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     reward_model = RewardModel.from_pretrained(folder / "reward_model")
     for name in ("sft", "policy"):
-        tokenizer, model = load_language_model(folder / name, "cpu")
+        tokenizer, model = load_language_model(folder / name)
         texts = write(model, [{"post": text.strip()}], tokenizer, settings)
         (reward,) = score(reward_model, [{"post": text.strip()}], texts, tokenizer, settings)
         print(f"{name:>6} (reward {reward:+.2f}): {texts[0]}")

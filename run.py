@@ -12,23 +12,180 @@ import math
 import mmap
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
+import huggingface_hub
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM
 
 
 class SettingError(ValueError):
     """Something the user typed, in one line: what it was, what was expected, what to do."""
+
+
+# ---------------------------------------------------------------------------- several processes
+# `torchrun --nproc_per_node N rlhf_minimal.py ...`: each process has all models and its own share of
+# each batch; gradients are summed by torch.distributed, and what is summed is never an average of
+# averages, so N processes take the step that one process would take on the same batch.
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def n_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes():
+    """This process's device; under torchrun also the group that sums and gathers talk in."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=1))
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # one voice
+    return device
+
+
+def sum_over_processes(*tensors):
+    """Replace each tensor by its sum over the processes; returns the first."""
+    for tensor in tensors if n_processes() > 1 else ():
+        dist.all_reduce(tensor)
+    return tensors[0]
+
+
+def gather(tensor):
+    """The tensors that the processes have here, which may differ in length, in order of rank."""
+    tensors = [tensor]
+    if n_processes() > 1:
+        tensors = [None] * n_processes()
+        dist.all_gather_object(tensors, tensor.cpu())
+    return [part.to(tensor.device) for part in tensors]
+
+
+# ---------------------------------------------------------------------------- from the hub
+
+FAULTS = (  # what an error says: what to do about it
+    ("gated", "accept its licence on https://huggingface.co/{name} and log in: hf auth login"),
+    ("No space left", "free some space, or set HF_HOME to a folder on a larger disk"),
+    ("not a valid model identifier|DatasetNotFound|RepositoryNotFound|401|404",
+     "no such repository, or a private one: check the id, or log in with hf auth login"),
+    ("ppickl|SafetensorError|header|RemoteProtocol|ArrowInvalid|Parquet|Consistency|EOFError",
+     "its download is damaged or was cut short: delete {cache} and try again"),
+    ("does not appear to have|no file named|Unrecognized model|EntryNotFound",
+     "the repository lacks that file: pass another one, or a local folder that has it"),
+    ("connect|reach|offline|timed out|Timeout|resolve|outgoing|Cannot find|LocalEntry",
+     "the hub can't be reached and the cache hasn't got it: check the network, or pass a local "
+     "folder or file"),
+)
+
+
+def from_hub(load, name, *path, **settings):
+    """load(name, or another path, **settings) of transformers or datasets; one line about name, as
+    a SettingError, if it fails."""
+    try:
+        return load(*path or [name], **settings)
+    except Exception as error:  # network, login, disk, damaged files: exceptions of many libraries
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        advice = "check that file" if Path(name).exists() else next(
+            (do for sign, do in FAULTS if re.search(sign, text)), "check the name")
+        cache = f"{HF_HUB_CACHE}/*--{str(name).replace('/', '--')}"
+        # not the whole text: torch's advice after a failed load is to load without its safety
+        raise SettingError(f"{name}: not readable, {text.split('. ')[0][:150]}; "
+                           + advice.format(name=name, cache=cache)) from None
+
+
+def go_offline_unless_reachable():
+    """Ask the hub once, for ten seconds; without an answer the libraries use the cache alone,
+    instead of trying again for minutes."""
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # an answer
+    except OSError:
+        import datasets
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+# ---------------------------------------------------------------------------- memory
+
+
+def memory_plan(settings, model_config, judge_config=None):
+    """Bytes that PPO will need at most, by use, from the configs alone, before anything is loaded:
+    {"weights": ..., "trained": ..., "activations": ..., "logits": ..., "cache": ..., "judge": ...}.
+
+    n weights. Adapters: the policy and the critic's trunk in 2 bytes, frozen, and 16 bytes for each
+    adapter weight (value, gradient, two averages of Adam, float32). All weights: 16 bytes for each
+    of the policy and the critic, 4 for each of the reference and the reward model.
+    """
+    def empty(config):
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+    model, c = empty(model_config), model_config
+    n, layers, d = model.num_parameters(), c.num_hidden_layers, c.hidden_size
+    vocabulary = c.vocab_size
+    length = settings.query_length + settings.response_length
+    adapters = sum(sum(p.shape) * settings.lora_rank for name, p in model.named_parameters()
+                   if p.dim() == 2 and p.shape[0] != vocabulary)
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    width = heads * (getattr(c, "head_dim", None) or d // c.num_attention_heads)
+    rows = settings.micro_batch_size or settings.ppo_batch_size // settings.ppo_minibatches
+    sampled = settings.rollout_batch_size or settings.ppo_batch_size
+    # bytes a token and layer: its input in 2 bytes a number; all that backward needs, about 34
+    # (Korthikanti et al. 2022, eq. 2, attention scores not stored)
+    stored = 2 if settings.checkpoint_activations else 34
+    return {
+        "weights": 2 * n * 2 if settings.lora_rank else 4 * n * 4,
+        "trained": 2 * adapters * 16 if settings.lora_rank else 2 * n * 12,
+        "activations": rows * length * d * (layers * stored + 34),
+        # scores in 2 bytes, and in float32 the scores, their log-softmax and its gradient
+        "logits": rows * (settings.response_length + 1) * vocabulary * (2 + 3 * 4),
+        "cache": sampled * length * layers * 2 * width * 2,
+        "judge": 2 * empty(judge_config).num_parameters() if judge_config else 0,
+    }
+
+
+def available_memory(device):
+    """Free bytes on the device, and its name."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+    if not hasattr(os, "sysconf"):  # Windows tells it otherwise
+        return math.inf, "this CPU"
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this CPU"
+
+
+def check_memory(plan, available, where):
+    """Print the plan; SettingError with what would make it fit if it doesn't."""
+    total = sum(plan.values())
+    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in plan.items())
+    print(f"memory: about {total / 2**30:.1f} GiB ({parts}) of {available / 2**30:.1f} on {where}")
+    if total > available:
+        cures = {"weights": "a smaller --sft_model", "trained": "--lora_rank 16",
+                 "activations": "--checkpoint_activations, a smaller --micro_batch_size",
+                 "logits": "a smaller --micro_batch_size", "judge": "a smaller --judge",
+                 "cache": "a smaller --rollout_batch_size"}
+        largest = sorted(plan, key=plan.get, reverse=True)[:3]
+        raise SettingError(f"about {total / 2**30:.0f} GiB are needed and {where} has "
+                           f"{available / 2**30:.0f}; what would help: "
+                           + "; ".join(cures[name] for name in largest))
 
 
 # ---------------------------------------------------------------------------- may we write there?
@@ -144,14 +301,17 @@ class Run:
     """The folder of one run. Stages ask it for their steps and tell it their metrics."""
 
     def __init__(self, folder, config, restart=False, resume=False, save_seconds=30):
-        check_folder(folder, config, restart, resume)
+        if rank() == 0:
+            check_folder(folder, config, restart, resume)
         self.folder, self.seed, self.save_seconds = Path(folder), config["seed"], save_seconds
         self.lines, self.warnings, self.seconds = [], {}, {}
         self.stage, self.step, self.before, self.stopping = "start", 0, None, False
         self.started = time.perf_counter()
+        self.lock = FileLock(self.folder / ".lock")  # the system frees it, whatever kills us
+        if rank():
+            return  # the first process writes for all
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(self.folder / ".lock")  # the system frees it, whatever kills us
             self.lock.acquire(timeout=0)
         except Timeout:
             raise SettingError(f"--output_dir {folder}: another process is writing there, wait for "
@@ -187,12 +347,13 @@ class Run:
     def write(self, name, content):
         """Write text, or anything else as JSON, to a file of the folder."""
         text = content if isinstance(content, str) else json.dumps(finite(content), indent=2) + "\n"
-        with self.whole(name) as path:
-            path.write_text(text, encoding="utf-8")
+        if rank() == 0:
+            with self.whole(name) as path:
+                path.write_text(text, encoding="utf-8")
 
     def save_model(self, name, *parts):
         """Write a model and its tokenizer to a folder, unless they are there already."""
-        if not (self.folder / name).exists():
+        if rank() == 0 and not (self.folder / name).exists():
             with self.whole(name) as path:
                 for part in parts:
                     part.save_pretrained(path)
@@ -204,6 +365,8 @@ class Run:
         than once, so a copy from before it is kept in case it goes wrong.
         """
         first, saved = self.restore(stage, parts), time.perf_counter()
+        if n_processes() > 1:
+            dist.barrier()  # nobody saves before everybody has restored
         start = saved - self.seconds.get(stage, 0)
         with tqdm(range(first, total), desc=stage, initial=first, total=total, disable=None,
                   mininterval=0.5, leave=False) as self.bar:
@@ -213,6 +376,7 @@ class Run:
                 yield step
                 self.seconds[stage] = time.perf_counter() - start
                 done = step + 1 == total
+                self.stopping = any(gather(torch.tensor(self.stopping)))  # all stop together
                 if done or self.stopping or time.perf_counter() - saved >= self.save_seconds:
                     # what is finished needs its optimizers no more
                     self.save(stage, step + 1, flatten({name: part for name, part in parts.items()
@@ -232,6 +396,8 @@ class Run:
                  "lines": self.lines}
         tensors["state"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
         name = f"checkpoints/{stage}-{step:08d}"
+        if rank():
+            return
         with self.whole(lambda path: f"{name}-{digest(path)}.safetensors") as path:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
         for old in sorted((self.folder / "checkpoints").glob(f"{stage}-*"))[:-2]:
@@ -289,8 +455,9 @@ class Run:
     def log(self, stage, step, **metrics):
         """Append a line to metrics.jsonl and show the numbers beside the progress bar."""
         self.lines.append(json.dumps(finite({"stage": stage, "step": step, **metrics})))
-        with open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
-            file.write(self.lines[-1].encode() + b"\n")
+        if rank() == 0:
+            with open(self.folder / "metrics.jsonl", "ab", buffering=0) as file:
+                file.write(self.lines[-1].encode() + b"\n")
         shown = {key: f"{value:.3g}" for key, value in metrics.items() if isinstance(value, float)}
         self.bar.set_postfix(dict(list(shown.items())[:4]), refresh=False)
 

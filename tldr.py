@@ -14,6 +14,8 @@ from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
 
+from run import SettingError, from_hub
+
 
 class DataError(ValueError):
     """One line: the file, the row, the field, what was expected, what to do."""
@@ -22,11 +24,13 @@ class DataError(ValueError):
 # ---------------------------------------------------------------------------- the prompt, App. B.2
 
 
-def build_prompt(post):
-    """{"subreddit", "title", "post"} -> the paper's format; a missing subreddit or title is ""."""
+def build_prompt(post, gap="\n\n"):
+    """{"subreddit", "title", "post"} -> the paper's format; a missing subreddit or title is "".
+    Some models were trained with another gap between the fields: CarperAI's with "\\n"."""
     # Filled in one pass, so braces in a post stay text. The summary follows as " " + summary.
     subreddit, title = post.get("subreddit") or "", post.get("title") or ""
-    return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post['post']}\n\nTL;DR:"
+    return gap.join([f"SUBREDDIT: r/{subreddit}", f"TITLE: {title}", f"POST: {post['post']}",
+                     "TL;DR:"])
 
 
 def truncate_post(text, fits):
@@ -45,13 +49,13 @@ def truncate_post(text, fits):
     return next(filter(fits, cuts), None)
 
 
-def encode_prompt(post, tokenizer, query_length):
+def encode_prompt(post, tokenizer, query_length, gap="\n\n"):
     """Token ids of the prompt, at most query_length: only the post is cut, never title or cue."""
 
     def encode(text):
         # split_special_tokens: a typed "<|endoftext|>" is text, not the token that ends a summary.
         # Nothing is added in front or behind; verbose=False: long is no problem, it will be cut.
-        return tokenizer(build_prompt({**post, "post": text}), add_special_tokens=False,
+        return tokenizer(build_prompt({**post, "post": text}, gap), add_special_tokens=False,
                          split_special_tokens=True, verbose=False)["input_ids"]
 
     text = truncate_post(post["post"], lambda text: len(encode(text)) <= query_length)
@@ -155,11 +159,9 @@ def read_datasets(source, path, **form):
     import datasets  # here, because importing it takes a second
 
     try:
-        parts = datasets.load_dataset(path, **form)
-    except Exception as error:  # network, login, unknown id, disk, damaged file: many libraries
-        why = " ".join(repr(error).split())[:200]
-        raise DataError(f"{source}: not readable, {why}; check the name and the network, log in if "
-                        "it is gated, or give a local file") from None
+        parts = from_hub(datasets.load_dataset, source, path, **form)
+    except SettingError as error:
+        raise DataError(str(error)) from None
     for split, rows in parts.items():
         for number, row in enumerate(rows, 1):
             yield f"{split} row {number}" if len(parts) > 1 else f"row {number}", split, row

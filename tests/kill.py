@@ -3,7 +3,7 @@ test_run.py calls `python tests/kill.py FOLDER MODE KILLS` and compares what is 
 
 Each run is a fork of this process, which has done nothing but import (seconds saved each time), so
 that a kill is a real SIGKILL of a real process. MODE "time": at a random moment. MODE "write": at a
-random one of the moments inside a write (half a file, half a line, before and after a rename).
+random one of the moments inside a write (WRITES).
 """
 
 import os
@@ -25,36 +25,41 @@ SMALL = ("--seed 3 --toy_posts 640 --toy_comparisons 320 --toy_held_out 24 --ppo
          "--best_of_n 2 --response_length 16 --toy_width 32 --save_seconds 0.1").split()
 
 
-def die_inside_write(number, kinds):
-    """Kill this process at the number-th write from now; a line in the file kinds says in which."""
-    def die(kind):
+WRITES = {  # the kinds of moments inside a write, and about how many of each a run has
+    "half a line": 60, "half a checkpoint": 8, "half a text": 6, "before a rename": 15,
+    "after a rename": 15}
+
+
+def die_inside_write(kind, number, kinds):
+    """Kill this process at the number-th moment of that kind; a line in the file kinds says so."""
+    left = [number]
+
+    def now(this):
+        left[0] -= this == kind
+        return this == kind and left[0] == 0
+
+    def die():
         with open(kinds, "a", encoding="utf-8") as file:
             file.write(kind + "\n")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    left = [number]
-
-    def count_down():
-        left[0] -= 1
-        return left[0] == 0
-
     def replace(source, target, really=os.replace):
-        if count_down():
-            die("before a rename")
+        if now("before a rename"):
+            die()
         really(source, target)
-        if count_down():
-            die("after a rename")
+        if now("after a rename"):
+            die()
 
     def save_file(tensors, path, really=run.save_file):
         really(tensors, path)
-        if count_down():
+        if now("half a checkpoint"):
             os.truncate(path, os.path.getsize(path) // 2)
-            die("half a checkpoint")
+            die()
 
     def write_text(path, text, really=Path.write_text, **encoding):
-        if count_down():
+        if now("half a text"):
             really(path, text[: len(text) // 2], **encoding)
-            die("half a text")
+            die()
         really(path, text, **encoding)
 
     class Torn:
@@ -68,9 +73,9 @@ def die_inside_write(number, kinds):
             self.file.close()
 
         def write(self, line):
-            if random.random() < 0.1 and count_down():  # there are many more lines than files
+            if now("half a line"):
                 self.file.write(line[: len(line) // 2])
-                die("half a line")
+                die()
             self.file.write(line)
 
     os.replace, run.save_file, Path.write_text, run.open = replace, save_file, write_text, Torn
@@ -126,9 +131,10 @@ def main():
                     time.sleep(0.002)
                 os.kill(child, signal.SIGKILL)
             else:
-                number = random.randint(1, 25)
-                child = start(folder / f"chain{chain}", lambda: (
-                    random.seed(number), die_inside_write(number, folder / "kinds.txt")))
+                kind = list(WRITES)[kills % len(WRITES)]
+                number = random.randint(1, WRITES[kind])
+                child = start(folder / f"chain{chain}",
+                              lambda: die_inside_write(kind, number, folder / "kinds.txt"))
             ended = finish(child)
             kills -= not ended
         chain += 1

@@ -668,8 +668,8 @@ def test_update_reaches_every_group_and_clips_their_common_norm():
     a, b = t([1.]).requires_grad_(), t([1.]).requires_grad_()
     optimizer = torch.optim.SGD([{"params": [a], "lr": 7.}, {"params": [b], "lr": 9.}])
     for _ in range(2):  # twice the same step: old gradients are cleared
-        norm = lm.update(optimizer, (3 * a + 4 * b).sum(), .5, 1.)
-        assert norm == pytest.approx(5.), "the norm before clipping, over all groups together"
+        loss = lm.update(optimizer, [(3 * a).sum(), (4 * b).sum()], .5, 1.)
+    assert loss == pytest.approx(3 * .7 + 4 * .6), "the sum of the microbatches"
     close(torch.cat([a, b]), [1 - 2 * .3, 1 - 2 * .4], "lr .5 in every group, gradient norm 1")
-    lm.update(optimizer, (3 * a + 4 * b).sum(), .1)
+    lm.update(optimizer, [(3 * a + 4 * b).sum()], .1)
     close(torch.cat([a, b]), [.4 - .3, .2 - .4], "without max_grad_norm nothing is clipped")

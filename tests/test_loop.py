@@ -42,7 +42,7 @@ def model():
 
 
 def config(**changes):
-    fields = {**vars(ppo.PPOConfig()), "ppo_episodes": 32, "ppo_batch_size": 16,
+    fields = {**vars(ppo.PPOConfig()), **vars(lm.ModelConfig()), "ppo_episodes": 32, "ppo_batch_size": 16,
               "response_length": 6, "ppo_lr": 1e-2}
     return SimpleNamespace(**{**fields, **changes})
 
@@ -152,7 +152,7 @@ def test_minibatches_and_several_responses_of_a_post(model, tmp_path):
 
 def test_sft_learns_the_response_and_ignores_the_query(model, tmp_path):
     torch.manual_seed(1)
-    sft = SimpleNamespace(sft_lr=1e-2, sft_batch_size=8, sft_epochs=30)
+    sft = SimpleNamespace(micro_batch_size=0, sft_lr=1e-2, sft_batch_size=8, sft_epochs=30)
     lm.train_sft(new_run(tmp_path / "run"), model, QUERIES, [[7, 2, 9]] * 16, 0, sft)
     ids, mask, width = lm.join(QUERIES, [[7, 2, 9]] * 16, 0)
     likely = lm.response_log_probs(model, ids, mask, 3).exp()
@@ -169,7 +169,7 @@ def test_sft_loss_is_the_mean_over_response_tokens(model, tmp_path):
     by_hand = [logits[0, width - 1 + t, y].item() for t, y in enumerate((7, 2, 9))]
     by_hand.append(logits[1, width - 1, 9].item())  # four tokens in all, EOS counted
     lm.train_sft(run, model, QUERIES[:2], [[7, 2, 9], [9]], 0,
-                 SimpleNamespace(sft_lr=0.0, sft_batch_size=2, sft_epochs=1))
+                 SimpleNamespace(micro_batch_size=0, sft_lr=0.0, sft_batch_size=2, sft_epochs=1))
     assert run.history("sft")[0]["loss"] == pytest.approx(-sum(by_hand) / 4, abs=1e-4)
 
 
@@ -179,7 +179,7 @@ def test_reward_model_learns_and_is_normalised(model, tmp_path):
     pairs = [(query, [1, 7, 9], [1, 2, 9]) for query in QUERIES] * 8  # a 7 is better than a 2
     run = new_run(tmp_path / "run")
     reward.train_reward(run, reward_model, pairs, 0, SimpleNamespace(
-        reward_lr=3e-3, reward_batch_size=8, reward_epochs=1))
+        micro_batch_size=0, reward_lr=3e-3, reward_batch_size=8, reward_epochs=1))
     history = run.history("reward")
     assert len(history) == 16 and history[-1]["accuracy"] == 1.0
     gap = reward.score_summaries(reward_model, QUERIES, [[1, 7, 9]] * 16, 0) - \

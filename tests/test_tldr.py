@@ -619,7 +619,7 @@ def test_a_bad_row_on_the_hub_names_its_split(hub):
 def test_a_hub_error_is_one_line(hub):
     hub.parts = ConnectionError("Couldn't reach 'me/mine'\non the Hub " + "x" * 5000)
     found = message(load_posts, "me/mine")
-    assert found.startswith("me/mine: not readable, ConnectionError") and "local file" in found
+    assert found.startswith("me/mine: not readable, ConnectionError") and "or file" in found
 
 
 @pytest.mark.parametrize("source", ["data/rows.jsonl", "data/rows.csv", "./data/rows", "rows",
