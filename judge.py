@@ -7,8 +7,8 @@ the reward model or a ruler judges, and a win rate means nothing without the nam
 """
 
 import math
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from transformers.hf_argparser import HfArg
@@ -51,17 +51,13 @@ def judge_pairwise(judge, posts, ours, theirs):
 # ---------------------------------------------------------------------------- counting
 
 
-class WinRate(NamedTuple):
-    wins: int
-    losses: int
-    ties: int  # the two orders contradict each other, or the summaries are equal
-    abstentions: int
-    total: int  # all that were asked
-    win_rate: float  # (wins + ties / 2) / answered; answered = wins + losses + ties
-    conditional_win_rate: float  # wins / (wins + losses)
-    decision_rate: float  # (wins + losses) / total
-    low: float  # 95 % interval of win_rate
-    high: float
+# ties: the two orders contradict each other, or the summaries are equal
+# total: all that were asked; answered = wins + losses + ties
+# win_rate: (wins + ties / 2) / answered; low, high: its 95 % interval
+# conditional_win_rate: wins / (wins + losses)
+# decision_rate: (wins + losses) / total
+WinRate = namedtuple("WinRate", "wins losses ties abstentions total "
+                                "win_rate conditional_win_rate decision_rate low high")
 
 
 def rate(count, total):
@@ -91,9 +87,8 @@ def win_rate(outcomes):
     if answered + abstentions < len(outcomes):
         raise ValueError("an outcome is 1.0, 0.5, 0.0 or None, as judge_pairwise gives them")
     share = rate(wins + ties / 2, answered)
-    return WinRate(wins, losses, ties, abstentions, len(outcomes), share,
-                   rate(wins, wins + losses), rate(wins + losses, len(outcomes)),
-                   *wilson_interval(share, answered))
+    return WinRate(wins, losses, ties, abstentions, len(outcomes), share, rate(wins, wins + losses),
+                   rate(wins + losses, len(outcomes)), *wilson_interval(share, answered))
 
 
 # ---------------------------------------------------------------------------- length, appendix F
@@ -159,8 +154,7 @@ def reward_model_judge(score):
 
 def quality_judge(quality):
     """The same from quality(post, summary) -> float, one pair at a time."""
-    return reward_model_judge(
-        lambda posts, summaries: [quality(*pair) for pair in zip(posts, summaries)])
+    return reward_model_judge(lambda posts, summaries: list(map(quality, posts, summaries)))
 
 
 # ---------------------------------------------------------------------------- a language model

@@ -292,7 +292,8 @@ def load_given(settings, device, score):
         judge = (quality_judge(toy.true_quality) if judge == "labeler"
                  else load_judge(judge, score, small))
     except ValueError as error:
-        raise SettingError(f"--judge {judge}: {error}") from None
+        named = judge in str(error)
+        raise SettingError(str(error) if named else f"--judge {judge}: {error}") from None
     if not settings.sft_model:
         return judge, None
     return judge, load_language_model(settings.sft_model, device, dtype, settings.tokenizer, small)
@@ -337,7 +338,8 @@ def run_all(settings):
         reward_model = make_reward_model(run, settings, posts, pairs, tokenizer, sft)
         results |= figures.measure_reward_model(run, reward_model, pairs, pairs_held_out, rows,
                                                 tokenizer)
-        results |= figures.judge_the_judge(run, ask, rows[: settings.judge_posts])
+        some = rows[:: max(1, len(rows) // settings.judge_posts)]
+        results |= figures.judge_the_judge(run, ask, some)
         held_out = held_out[: settings.judge_posts]
         few = held_out[: settings.judge_during]
         # all that the SFT model has to write, before it becomes the policy

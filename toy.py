@@ -15,22 +15,18 @@ import random
 import re
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-FACTS = {
-    "who": ("landlord", "boss", "sister", "roommate", "husband"),
-    "did": ("sold", "broke", "stole", "hid", "lost"),
-    "what": ("car", "phone", "guitar", "couch", "passport"),
-    "feels": ("angry", "scared", "guilty", "hurt", "confused"),
-    "asks": ("leave", "wait", "apologize", "sue", "forgive"),
-}
+FACTS = {"who": ("landlord", "boss", "sister", "roommate", "husband"),
+         "did": ("sold", "broke", "stole", "hid", "lost"),
+         "what": ("car", "phone", "guitar", "couch", "passport"),
+         "feels": ("angry", "scared", "guilty", "hurt", "confused"),
+         "asks": ("leave", "wait", "apologize", "sue", "forgive")}
 # The three clauses of a good summary, in the order a reader wants them
-CLAUSES = {
-    "event": "My {who} {did} my {what}.",
-    "feeling": "I feel {feels}.",
-    "question": "Should I {asks}?",
-}
+CLAUSES = {"event": "My {who} {did} my {what}.", "feeling": "I feel {feels}.",
+           "question": "Should I {asks}?"}
 ASIDES = ("It was late.", "It was raining.", "Nobody knows.", "We live together.",
           "Rent is due.", "I work nights.", "Dinner was cold.", "Nothing else happened.")
 SUBREDDITS = ("relationships", "legaladvice")
@@ -56,13 +52,9 @@ def make_posts(n, seed):
         # each fact stands twice in a post, as it would: once to copy from, once to make sure
         body += [f"Why do I feel {facts['feels']}?", *asides]
         rng.shuffle(body)
-        post = {
-            "subreddit": rng.choice(SUBREDDITS),
-            "title": "My {who} {did} my {what}, should I {asks}?".format(**facts),
-            "post": " ".join(body),
-            "facts": facts,
-            "asides": asides,
-        }
+        title = "My {who} {did} my {what}, should I {asks}?".format(**facts)
+        post = {"subreddit": rng.choice(SUBREDDITS), "title": title, "post": " ".join(body),
+                "facts": facts, "asides": asides}
         post["summary"] = reference_summary(post, seed)
         posts.setdefault(post["post"], post)
     return list(posts.values())
@@ -73,10 +65,10 @@ def ideal_summary(post):
     return " ".join(clause.format(**post["facts"]) for clause in CLAUSES.values())
 
 
-def write_summary(post, rng, terse, wrong):
+def write_summary(post, rng, terse):
     """A human writer: tells nothing but the event with chance `terse`, mixes up each fact with
-    chance `wrong`, forgets the feeling or the question, rambles."""
-    facts = confuse(post["facts"], rng, wrong)
+    chance WRONG, forgets the feeling or the question, rambles."""
+    facts = confuse(post["facts"], rng, WRONG)
     clauses = [CLAUSES["event"]]
     if rng.random() >= terse:
         clauses += [CLAUSES[name] for name in ("feeling", "question") if rng.random() < 0.75]
@@ -93,9 +85,9 @@ def confuse(facts, rng, wrong):
 def reference_summary(post, seed):
     """An imperfect human's summary: terse, forgetful, sometimes wrong, sometimes rambling."""
     rng = random.Random(f"reference {seed} {post['title']} {post['post']}")
-    summary = write_summary(post, rng, TERSE, WRONG)
+    summary = write_summary(post, rng, TERSE)
     while summary == ideal_summary(post):  # nobody here is perfect
-        summary = write_summary(post, rng, TERSE, WRONG)
+        summary = write_summary(post, rng, TERSE)
     return summary
 
 
@@ -103,27 +95,24 @@ def confused_pair(post, rng):
     """A human's summary and the same with some facts mixed up: the weak baseline among the policies
     that are compared (section 3.1 mixes policies too). Without such pairs, which differ in nothing
     but facts, a reward model this small learns form and hardly ever looks at the post."""
-    summary = confusion = write_summary(post, rng, 0, WRONG)
+    summary = confusion = write_summary(post, rng, terse=0)
     while confusion == summary:
-        facts = confuse(post["facts"], rng, 0.4)
-        swap = {fact: facts[name] for name, fact in post["facts"].items()}
+        swap = dict(zip(post["facts"].values(), confuse(post["facts"], rng, 0.4).values()))
         confusion = re.sub(r"\w+", lambda word: swap.get(word[0], word[0]), summary)
     return summary, confusion
 
 
 # ---------------------------------------------------------------------------- the labeler
 
-PATTERNS = {  # "I feel {feels}." -> r"I feel (?P<feels>angry|scared|...)\."
-    name: re.compile(re.sub(r"\\{(\w+)\\}", lambda m: f"(?P<{m[1]}>{'|'.join(FACTS[m[1]])})",
-                            re.escape(clause)))
-    for name, clause in CLAUSES.items()
-}
+# "I feel {feels}." -> "I feel (?P<feels>angry|scared|...)[.]"
+GROUPS = {name: f"(?P<{name}>{'|'.join(values)})" for name, values in FACTS.items()}
+PATTERNS = {name: re.compile(re.sub("[.?]", r"[\g<0>]", clause).format(**GROUPS))
+            for name, clause in CLAUSES.items()}
 
 
 def read_summary(summary):
     """Sentences of a summary as (clause name, stated facts), or (None, sentence) if it is none."""
-    for sentence in re.findall(r"[^.?!]*[.?!]|[^.?!]+$", summary):
-        sentence = sentence.strip()
+    for sentence in map(str.strip, re.findall(r"[^.?!]*[.?!]|[^.?!]+$", summary)):
         matches = ((name, pattern.fullmatch(sentence)) for name, pattern in PATTERNS.items())
         yield next(((name, m.groupdict()) for name, m in matches if m), (None, sentence))
 
@@ -139,27 +128,24 @@ def true_quality(post, summary):
     quality = -0.05 * max(0, len(summary.split()) - len(ideal_summary(post).split()))
     for clause, stated in read_summary(summary):
         if clause is None:
-            known = stated in ASIDES
-            quality -= (0.5 if stated in post["asides"] else 1.0) if known else 0.75
+            quality -= 0.75 if stated not in ASIDES else 0.5 if stated in post["asides"] else 1.0
         elif clause in seen:
             quality -= 0.5
         else:
             quality -= 0.5 * any(order.index(clause) < order.index(earlier) for earlier in seen)
-            quality += sum(1 if post["facts"][name] == fact else -2
-                           for name, fact in stated.items())
+            quality += sum(1 if post["facts"][name] == stated[name] else -2 for name in stated)
             seen.append(clause)
     return quality
 
 
 def fact_accuracy(posts, summaries):
     """Of the facts that the summaries state, the share that is right, by fact."""
-    right, stated = dict.fromkeys(FACTS, 0), dict.fromkeys(FACTS, 0)
+    right = {name: [] for name in FACTS}  # a bool for each time it is stated; 0 if it never is
     for post, summary in zip(posts, summaries):
         for clause, facts in read_summary(summary):
             for name, fact in facts.items() if clause else ():
-                stated[name] += 1
-                right[name] += fact == post["facts"][name]
-    return {name: right[name] / stated[name] if stated[name] else 0.0 for name in FACTS}
+                right[name].append(fact == post["facts"][name])
+    return {name: sum(bools) / max(1, len(bools)) for name, bools in right.items()}
 
 
 def compare(post, summary_a, summary_b, policies, rng):
@@ -216,14 +202,12 @@ def make_tokenizer(texts):
     tokenizer = Tokenizer(models.BPE())
     # "\n\nTITLE:" and " word" are one piece each, so the frame of a prompt costs few tokens
     pieces = Regex(r"\n*[A-Z;]+:|\n+| ?\w+| ?[^\w\s]+|\s+")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(pieces, "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = Sequence([Split(pieces, "isolated"),
+                                        ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=4096, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        initial_alphabet=ByteLevel.alphabet()))
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|pad|>")
 
@@ -232,11 +216,10 @@ def make_model(tokenizer, width=64, layers=2, heads=4):
     """A tiny Llama from scratch, about 150,000 weights at the tiny world's vocabulary."""
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=2048,
+        num_hidden_layers=layers, num_attention_heads=heads, bos_token_id=None,
         initializer_range=width**-0.5,  # 0.02, the default, is for widths of 1000 and more
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # 1e4 blurs distant words here
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     with torch.no_grad():
         # The paper starts from GPT-3, whose attention finds and copies words. From scratch that
         # takes most of the training; these two lines start it: look for the like, pass it on.
