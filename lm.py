@@ -125,18 +125,66 @@ def get_log_probs(logits, labels, temperature=1.0):
     return log_probs.gather(-1, labels[:, 1:].unsqueeze(-1)).squeeze(-1)
 
 
-def response_log_probs(model, input_ids, attention_mask, width, temperature=1.0):
+def response_log_probs(model, input_ids, attention_mask, width, temperature=1.0, k=1):
     """Log-probs of the last `width` tokens of input_ids (B, Q+T): (B, T). Used for the policy that
     samples, the one being updated and the reference alike, so that their ratio starts at exactly 1.
     """
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=get_position_ids(attention_mask),
-        logits_to_keep=width + 1,  # positions Q-1 .. Q+T-1: no (B, Q+T, V) tensor is ever made
-        use_cache=False,
-    ).logits
-    return get_log_probs(logits, input_ids[:, -width - 1 :], temperature)
+    if k > 1:
+        inputs = pack(input_ids, attention_mask, width, k, model.dtype)
+    else:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask,
+                  "position_ids": get_position_ids(attention_mask)}
+    # positions Q-1 .. Q+kT-1 alone: no (B, Q+T, V) tensor is ever made
+    logits = model(**inputs, logits_to_keep=k * width + 1, use_cache=False).logits
+    labels = input_ids[:, -width - 1 :]
+    if k == 1:
+        return get_log_probs(logits, labels, temperature)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    normalizer = unpack(logits.logsumexp(-1), width, k)[:, :-1]  # (B, T)
+    rows = torch.arange(len(labels), device=labels.device)[:, None]
+    # the place in its row of logits that predicts each token: the post's end, then one's own tokens
+    places = unpack(torch.arange(k * width + 1, device=labels.device)[None], width, k)[:, :-1]
+    return logits[rows // k, places[rows.squeeze(1) % k], labels[:, 1:]] - normalizer
+
+
+# ---------------------------------------------------------------------------- k summaries of a post
+#
+#          post  y1  y2     k summaries of one post as one row, the post computed once instead of k
+#   post   ◣                times. A summary sees the post and itself, and its positions go on from
+#   y1     ■     ◣          the post's end as if the others were not there: each number is that of
+#   y2     ■         ◣      the plain form.
+
+
+def pack(input_ids, attention_mask, width, k, dtype=torch.float32):
+    """Rows [post | y] (B, Q+T), the k of a post one after the other -> what a model takes for the
+    rows [post | y_1 | ... | y_k] (B/k, Q+kT)."""
+    def side_by_side(x):
+        return torch.cat([x[::k, :-width], x[:, -width:].reshape(len(x) // k, k * width)], 1)
+
+    real = side_by_side(attention_mask).bool()
+    n_post = input_ids.shape[1] - width
+    owner = torch.arange(real.shape[1], device=real.device) - n_post  # below 0: the post
+    owner = torch.where(owner < 0, -1, owner.div(width, rounding_mode="floor"))
+    sees = ((owner == -1) | (owner == owner[:, None])).tril() & real[:, None]
+    sees |= torch.eye(len(owner), dtype=torch.bool, device=real.device)  # a softmax over nothing
+    bias = torch.zeros(sees.shape, dtype=dtype, device=real.device)
+    return {"input_ids": side_by_side(input_ids),
+            "attention_mask": bias.masked_fill(~sees, torch.finfo(dtype).min)[:, None],
+            "position_ids": side_by_side(get_position_ids(attention_mask))}
+
+
+def trim(input_ids, attention_mask, width):
+    """Without the columns in which every row is padded; the width of the responses that is left."""
+    real = attention_mask.any(0)
+    start, end = real.long().argmax(), len(real) - real.flip(0).long().argmax()
+    return input_ids[:, start:end], attention_mask[:, start:end], int(end) - len(real) + width
+
+
+def unpack(x, width, k):
+    """Last 1 + kT places of packed rows (B/k, 1 + kT, ...) -> (B, 1 + T, ...): the post's last
+    place, which all k share, and the summary's own."""
+    post, own = x[:, None, :1], x[:, 1:].unflatten(1, (k, width))  # own (B/k, k, T, ...)
+    return torch.cat([post.expand(-1, k, *post.shape[2:]), own], 2).flatten(0, 1)
 
 
 # ---------------------------------------------------------------------------- sampling
@@ -165,8 +213,8 @@ def next_token(logits, temperature, top_p, generator):
 
 @torch.no_grad()
 def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pad_token_id,
-           temperature=1.0, top_p=1.0, generator=None):
-    """Continue left-padded queries (B, Q) one token at a time: (B, T) long.
+           temperature=1.0, top_p=1.0, generator=None, k=1):
+    """Continue left-padded queries (B, Q) one token at a time, each k times: (kB, T) long.
 
     T is the longest response, at most max_new_tokens; what follows an EOS is pad_token_id. Nothing
     but temperature and top_p shapes the distribution (`generate` adds the checkpoint's own top-k
@@ -176,19 +224,23 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ValueError("expected temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got "
                          f"{temperature}, {top_p} and {max_new_tokens}")
-    responses = torch.full((len(input_ids), max_new_tokens), pad_token_id, device=input_ids.device)
-    rows = torch.arange(len(input_ids), device=input_ids.device)  # rows still being written
+    n, device = k * len(input_ids), input_ids.device
+    responses = torch.full((n, max_new_tokens), pad_token_id, device=device)
+    rows = torch.arange(n, device=device)  # rows still being written
     mask, ids, cache = attention_mask.long(), input_ids, None
     position_ids = get_position_ids(mask)
     for t in range(max_new_tokens):
         output = model(input_ids=ids, attention_mask=mask, position_ids=position_ids,
                        past_key_values=cache, use_cache=True, logits_to_keep=1)
-        token = next_token(output.logits[:, -1], temperature, top_p, generator)
+        logits, cache = output.logits[:, -1], output.past_key_values
+        if t == 0 and k > 1:  # the post is computed once, its cache shared out
+            logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)
+            cache.batch_repeat_interleave(k)
+        token = next_token(logits, temperature, top_p, generator)
         responses[rows, t] = token
         going = token != eos_token_id
         if not going.any():
             break
-        cache = output.past_key_values
         if not going.all():
             cache.batch_select_indices(going.nonzero().squeeze(-1))
         rows, mask, ids = rows[going], mask[going], token[going, None]
@@ -363,7 +415,7 @@ def train_sft(run, model, queries, responses, pad_id, config):
                                           pad_id, model.device)
             log_probs = response_log_probs(model, input_ids, mask, input_ids.shape[1] - width)
             mask = mask[:, width:]
-            yield -masked_mean(log_probs, mask) * (mask.sum() / n_tokens)
+            yield -masked_mean(log_probs, mask) * (mask.sum().double() / n_tokens)
 
     for step in run.steps("sft", total, model=model, optimizer=optimizer):
         loss = update(optimizer, losses(rows(step)), config.sft_lr * cosine_schedule(step, total),

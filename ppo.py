@@ -10,12 +10,13 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers.hf_argparser import HfArg
 
 from lm import add_adapter, check_finite, check_mask, check_shapes, checkpoint_activations
 from lm import generator_for, get_response_mask, linear_schedule, masked_mean, pad
-from lm import response_log_probs, sample, trainable, update, without_adapter, zero_off
+from lm import response_log_probs, sample, trainable, trim, update, without_adapter, zero_off
 from run import gather, n_processes, rank, sum_over_processes
 
 
@@ -151,39 +152,47 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 # ---------------------------------------------------------------------------- the loop
 
 
-def response_values(critic, input_ids, attention_mask, width):
+def response_values(critic, input_ids, attention_mask, width, k=1):
     """V_t from the position before action t: (B, Q+T) -> (B, T). A value never sees its action."""
-    return critic(input_ids, attention_mask)[:, -width - 1 : -1]
+    return critic.at_response(input_ids, attention_mask, width, k)[:, :-1]
 
 
 @torch.no_grad()
 def rollout(policy, reference, reward_model, critic, queries, tokenizer, config, generator):
-    """Sample a summary for each query (lists of token ids) and all that the update reads of it.
+    """Sample return_sequences summaries for each query (lists of token ids), and all that the
+    update reads of them.
 
     Returns a dict of tensors with rows B: input_ids and attention_mask (B, Q+T); mask, log_probs,
     ref_log_probs, values, advantages (whitened), returns (B, T); scores, kl, ended (B,).
     """
-    pad_id, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    query_ids, query_mask = (x.to(policy.device) for x in pad(queries, pad_id, left=True))
-    at_a_time = config.rollout_batch_size or len(queries)
-    responses = pad_sequence([row for ids, mask in zip(query_ids.split(at_a_time),
-                                                       query_mask.split(at_a_time))
-                              for row in sample(
-                                  policy, ids, mask, config.response_length, eos_token_id=eos,
-                                  pad_token_id=pad_id, temperature=config.temperature,
-                                  generator=generator)], batch_first=True, padding_value=pad_id)
+    pad_id, eos, k = tokenizer.pad_token_id, tokenizer.eos_token_id, config.return_sequences
+    n = max(1, (config.rollout_batch_size or k * len(queries)) // k)  # posts at a time
+    if n < len(queries):
+        queries = sorted(queries, key=len)  # little padding in each part
+    responses = []
+    for start in range(0, len(queries), n):
+        ids, mask = (x.to(policy.device) for x in pad(queries[start : start + n], pad_id, True))
+        responses += sample(policy, ids, mask, config.response_length, eos_token_id=eos,
+                            pad_token_id=pad_id, temperature=config.temperature,
+                            generator=generator, k=k)
+    responses = pad_sequence(responses, batch_first=True, padding_value=pad_id)
+    query_ids, query_mask = (x.to(policy.device).repeat_interleave(k, 0)
+                             for x in pad(queries, pad_id, left=True))
     mask = get_response_mask(responses, eos)
     ended = (responses == eos).any(1)
     input_ids = torch.cat([query_ids, responses], 1)
     attention_mask = torch.cat([query_mask, mask.long()], 1)
 
-    measured = []
-    for ids, real in zip(input_ids.split(at_a_time), attention_mask.split(at_a_time)):
-        inputs = ids, real, responses.shape[1]
+    T, measured = responses.shape[1], []
+    for ids, real in zip(input_ids.split(n * k), attention_mask.split(n * k)):
+        ids, real, width = trim(ids, real, T)
+        inputs = ids, real, width
         with without_adapter(reference):
-            ref_log_probs = response_log_probs(reference, *inputs, config.temperature)
-        measured.append((response_log_probs(policy, *inputs, config.temperature), ref_log_probs,
-                         response_values(critic, *inputs), reward_model.score(ids, real)))
+            ref_log_probs = response_log_probs(reference, *inputs, config.temperature, k)
+        by_token = (response_log_probs(policy, *inputs, config.temperature, k), ref_log_probs,
+                    response_values(critic, *inputs, k))
+        measured.append([F.pad(x, (0, T - width)) for x in by_token]
+                        + [reward_model.score(*inputs, k)])
     log_probs, ref_log_probs, values, scores = map(torch.cat, zip(*measured))
     scores = penalize_missing_eos(scores, ended, config.missing_eos)
 
@@ -264,16 +273,23 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
     policy_optimizer = torch.optim.Adam(trainable(network), lr=config.ppo_lr, eps=1e-5)
     critic_optimizer = torch.optim.Adam(trainable(critic), lr=config.ppo_lr, eps=1e-5)
 
-    def parts(rows, count):
-        """The microbatches of these rows, each with its share of the minibatch's tokens."""
-        for some in rows.split(config.micro_batch_size or len(rows)):
-            part = {name: tensor[some] for name, tensor in batch.items()}
-            yield part, part["mask"].sum() / count
+    def parts(posts, count):
+        """The microbatches of these posts' summaries, each with its share of the minibatch's
+        tokens, of similar length and without the columns that are padding in all rows."""
+        size = max(1, (config.micro_batch_size or k * len(posts)) // k)
+        if size < len(posts):
+            posts = posts[batch["attention_mask"][::k].sum(1)[posts].argsort()]
+        for some in posts.split(size):
+            rows = (some[:, None] * k + torch.arange(k, device=some.device)).flatten()
+            part = {name: tensor[rows] for name, tensor in batch.items()}
+            ids, real, width = trim(part["input_ids"], part["attention_mask"],
+                                    part["mask"].shape[1])
+            part = {name: x[:, :width] if x.dim() > 1 else x for name, x in part.items()}
+            yield (ids, real, width), part, part["mask"].sum().double() / count
 
-    def policy_losses(rows, count):
-        for part, share in parts(rows, count):
-            log_probs = response_log_probs(network, part["input_ids"], part["attention_mask"],
-                                           width, config.temperature)
+    def policy_losses(posts, count):
+        for inputs, part, share in parts(posts, count):
+            log_probs = response_log_probs(network, *inputs, config.temperature, k)
             if step == n_updates == 0:
                 check_first_update(log_probs.detach(), part,
                                    1e-4 if policy.dtype == torch.float32 else 5e-2)
@@ -283,37 +299,37 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
             stats["clip_fraction"] += clipped * share
             yield loss * share
 
-    def value_losses(rows, count):
-        for part, share in parts(rows, count):
-            values = response_values(critic, part["input_ids"], part["attention_mask"], width)
+    def value_losses(posts, count):
+        for inputs, part, share in parts(posts, count):
+            values = response_values(critic, *inputs, k)
             loss, clipped = value_loss(values, part["values"], part["returns"], part["mask"],
                                        config.clip_range_value)
             stats["value_loss"] += loss.detach() * share
             stats["value_clip_fraction"] += clipped * share
             yield config.value_weight * loss * share
 
-    n_posts = max(1, config.ppo_batch_size // config.return_sequences)
+    k = config.return_sequences
+    n_posts = max(1, config.ppo_batch_size // k)
     total = max(1, config.ppo_episodes // config.ppo_batch_size)
     for step in run.steps("ppo", total, snapshot=True, policy=network, critic=critic,
                           policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer):
-        generator = generator_for(run.seed, "ppo", step, *[rank()] * (rank() > 0),
+        generator = generator_for(run.seed, "ppo", step * n_processes() + rank(),
                                   device=policy.device)
         chosen = range(step * n_posts, (step + 1) * n_posts)[rank() :: n_processes()]
         # every summary of a post is trained on: a best-of-n choice would not be pi_old's sample
         batch = rollout(network, reference, reward_model, critic,
-                        [queries[i % len(queries)] for i in chosen
-                         for _ in range(config.return_sequences)], tokenizer, config, generator)
+                        [queries[i % len(queries)] for i in chosen], tokenizer, config, generator)
         check_finite(reward=batch["scores"], KL=batch["kl"], **{"return": batch["returns"]})
         lr = config.ppo_lr * linear_schedule(step, total)
-        width, n_updates, stats = batch["mask"].shape[1], 0, Counter()
+        n_updates, stats = 0, Counter()
         for epoch in range(config.ppo_epochs):
-            order = torch.randperm(len(batch["mask"]),
+            order = torch.randperm(len(chosen),
                                    generator=generator_for(run.seed, "ppo epoch", step, epoch))
-            for rows in order.to(policy.device).chunk(config.ppo_minibatches):
-                count = sum_over_processes(batch["mask"][rows].sum())
-                update(policy_optimizer, policy_losses(rows, count), lr, config.max_grad_norm,
+            for posts in order.to(policy.device).chunk(config.ppo_minibatches):
+                count = sum_over_processes(batch["mask"].unflatten(0, (-1, k))[posts].sum())
+                update(policy_optimizer, policy_losses(posts, count), lr, config.max_grad_norm,
                        "policy_loss")
-                update(critic_optimizer, value_losses(rows, count), lr, config.max_grad_norm,
+                update(critic_optimizer, value_losses(posts, count), lr, config.max_grad_norm,
                        "value_loss")
                 n_updates += 1
         means = {"reward": batch["scores"], "kl_per_summary": batch["kl"],

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.hf_argparser import HfArg
 
 from lm import check_shapes, cosine_schedule, epoch_batches, get_position_ids, join
-from lm import last_token_index, microbatches, trainable, update, without_adapter
+from lm import last_token_index, microbatches, pack, trainable, unpack, update, without_adapter
 from run import sum_over_processes
 
 
@@ -63,20 +63,30 @@ class RewardModel(nn.Module):
 
     def forward(self, input_ids, attention_mask):
         """(B, L), (B, L) -> (B, L): a score at every real position; at padding it means nothing."""
+        return self.scores_of(input_ids=input_ids, attention_mask=attention_mask,
+                              position_ids=get_position_ids(attention_mask))
+
+    def scores_of(self, **inputs):
         with nullcontext() if self.use_adapter else without_adapter(self.trunk):
-            hidden = self.trunk(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=get_position_ids(attention_mask),
-                use_cache=False,
-            ).last_hidden_state  # (B, L, d)
+            hidden = self.trunk(**inputs, use_cache=False).last_hidden_state  # (B, L, d)
         # a score is a single number: float32, whatever the trunk and autocast compute in
         with torch.autocast(hidden.device.type, enabled=False):
             scores = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
         return scores - self.reference_mean
 
-    def score(self, input_ids, attention_mask):
+    def at_response(self, input_ids, attention_mask, width, k=1):
+        """(B, Q+T) -> (B, 1+T): the scores at the post's end and at each token of the response;
+        k > 1: the rows are k responses to each post, computed once (lm.pack)."""
+        if k == 1:
+            return self(input_ids, attention_mask)[:, -width - 1 :]
+        packed = pack(input_ids, attention_mask, width, k, self.trunk.dtype)
+        return unpack(self.scores_of(**packed)[:, -k * width - 1 :], width, k)
+
+    def score(self, input_ids, attention_mask, width=None, k=1):
         """(B, L), (B, L) -> (B,): the score at the last real token, the EOS of an ended summary."""
+        if k > 1:
+            last = attention_mask[:, -width:].sum(1, keepdim=True)
+            return self.at_response(input_ids, attention_mask, width, k).gather(1, last).squeeze(1)
         scores = self(input_ids, attention_mask)
         return scores.gather(1, last_token_index(attention_mask)[:, None]).squeeze(1)
 

@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, HfArgumentParser, logging
 from transformers.hf_argparser import HfArg
@@ -123,8 +124,6 @@ def parse_settings(arguments):
     if settings.ppo_batch_size % settings.return_sequences:
         fail(f"--return_sequences {settings.return_sequences}: expected a divisor of "
              f"ppo_batch_size ({settings.ppo_batch_size})")
-    if settings.reward_model and not Path(settings.reward_model, "model.safetensors").is_file():
-        fail(f"--reward_model {settings.reward_model}: expected the reward_model/ folder of a run")
     if bool(settings.comparisons) != bool(settings.posts):
         fail("--comparisons and --posts belong together: give both, or neither for the tiny world")
     if settings.posts and settings.judge in (None, "labeler"):
@@ -218,7 +217,7 @@ def write(model, posts, tokenizer, settings, temperature=0.0, *stream):
     generator = generator_for(settings.seed, *stream, device=model.device)
     return [decode_response(ids, tokenizer) for ids in sample_responses(
         model, tokenizer, encode(posts, [], tokenizer, settings)[0], settings.response_length,
-        temperature, generator)]
+        temperature, generator, settings.rollout_batch_size or 256)]
 
 
 # ---------------------------------------------------------------------------- the stages
@@ -257,6 +256,7 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft):
     """Step 2: the reward model, given or trained; references score 0 on average."""
     if settings.reward_model:
         reward_model = RewardModel.from_pretrained(settings.reward_model).to(sft.device)
+        reward_model.trunk.to(sft.dtype)
     else:
         torch.manual_seed(settings.seed)  # for the head
         reward_model = RewardModel(sft)
@@ -280,10 +280,17 @@ def load_given(settings, device, score):
     not be there, or too large for this machine."""
     small, judge = settings.fast_dev_run, settings.judge or "labeler"
     dtype = torch.bfloat16 if settings.lora_rank and device != "cpu" else torch.float32
-    hub_ids = [name for name in (settings.posts, settings.comparisons, settings.sft_model, judge)
+    hub_ids = [name for name in (settings.posts, settings.comparisons, settings.sft_model,
+                                   settings.reward_model, judge)
                if "/" in str(name) and not Path(name).exists()]
     if hub_ids:
         go_offline_unless_reachable()
+    if settings.reward_model:
+        if settings.reward_model.count("/") == 1 and not Path(settings.reward_model).exists():
+            settings.reward_model = from_hub(snapshot_download, settings.reward_model)
+        if not Path(settings.reward_model, "model.safetensors").is_file():
+            raise SettingError(f"--reward_model {settings.reward_model}: expected the reward_model/ "
+                               "folder of a run, or the hub id of one")
     if settings.sft_model and not small:
         configs = [from_hub(AutoConfig.from_pretrained, name) for name in (settings.sft_model, judge)
                    if "/" in name]

@@ -106,7 +106,7 @@ def test_learning_rate_of_update_u_is_linear(model, tmp_path):
 
 def test_ppo_raises_the_probability_of_what_is_rewarded(model, tmp_path):
     class LikesSevens(reward.RewardModel):  # score = number of 7s; still a critic by its forward
-        def score(self, input_ids, attention_mask):
+        def score(self, input_ids, attention_mask, *_):
             return (input_ids == 7).sum(1).float()
 
     run = new_run(tmp_path / "run")

@@ -504,7 +504,7 @@ def test_an_abstaining_judge_and_a_blind_reward_model_are_in_terminal_and_report
     rlhf_minimal.main(["--fast_dev_run", "--judge", "mute", "--output_dir", str(tmp_path / "run")])
     out = "".join(capsys.readouterr())
     report = (tmp_path / "run" / "report.md").read_text()
-    for text in ("abstained on all 16 posts", "no better than chance"):
+    for text in ("abstained on all 25 posts", "no better than chance"):
         assert text in out and text in report
     results = json.loads((tmp_path / "run" / "results.json").read_text(),
                          parse_constant=pytest.fail)
