@@ -404,7 +404,8 @@ def trainable(model):
 def train_sft(run, model, queries, responses, pad_id, config):
     """Step 1, supervised fine-tuning: maximise log pi(reference | post). Loss on the response and
     its EOS alone: the paper trains to "predict summaries"; N+ has it on the query too."""
-    optimizer = torch.optim.Adam(trainable(model), lr=config.sft_lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(trainable(model), lr=config.sft_lr, betas=(0.9, 0.95),
+                                 fused=True)
     total, rows = epoch_batches(len(queries), config.sft_batch_size, config.sft_epochs,
                                 run.seed, "sft")
 

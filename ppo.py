@@ -270,8 +270,9 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
     if config.checkpoint_activations:
         checkpoint_activations(policy)
         checkpoint_activations(critic.trunk)
-    policy_optimizer = torch.optim.Adam(trainable(network), lr=config.ppo_lr, eps=1e-5)
-    critic_optimizer = torch.optim.Adam(trainable(critic), lr=config.ppo_lr, eps=1e-5)
+    policy_optimizer, critic_optimizer = (
+        torch.optim.Adam(trainable(model), lr=config.ppo_lr, eps=1e-5, fused=True)
+        for model in (network, critic))
 
     def parts(posts, count):
         """The microbatches of these posts' summaries, each with its share of the minibatch's

@@ -126,18 +126,20 @@ def score_summaries(reward_model, queries, responses, pad_id, batch_size=256):
 def train_reward(run, reward_model, pairs, pad_id, config):
     """One pass of Adam over pairs = [(query, chosen, rejected), ...], lists of token ids."""
     device = reward_model.head.weight.device
-    optimizer = torch.optim.Adam(trainable(reward_model), lr=config.reward_lr)
+    optimizer = torch.optim.Adam(trainable(reward_model), lr=config.reward_lr, fused=True)
     total, rows = epoch_batches(len(pairs), config.reward_batch_size, config.reward_epochs,
                                 run.seed, "reward")
 
     def losses(batch):
         for part in microbatches(batch, config.micro_batch_size):
-            queries, chosen, rejected = zip(*(pairs[i] for i in part))
-            # one forward pass for both, so that they share one padding (N+ study, detail 10)
-            input_ids, mask, _ = join(queries + queries, chosen + rejected, pad_id, device)
-            score_chosen, score_rejected = reward_model.score(input_ids, mask).chunk(2)
-            hits.append((score_chosen > score_rejected).sum())
-            yield preference_loss(score_chosen, score_rejected) * (len(part) / len(batch))
+            # the two summaries of a post share its computation (lm.pack)
+            queries = [pairs[i][0] for i in part for _ in range(2)]
+            responses = [summary for i in part for summary in pairs[i][1:]]
+            input_ids, mask, width = join(queries, responses, pad_id, device)
+            scores = reward_model.score(input_ids, mask, input_ids.shape[1] - width, k=2)
+            chosen, rejected = scores.view(-1, 2).unbind(1)
+            hits.append((chosen > rejected).sum())
+            yield preference_loss(chosen, rejected) * (len(part) / len(batch))
 
     for step in run.steps("reward", total, model=reward_model, optimizer=optimizer):
         batch, hits = rows(step), []

@@ -31,7 +31,7 @@ from ppo import PPOConfig, train_ppo
 from reward import RewardConfig, RewardModel, normalize, score_summaries, train_reward
 from run import Run, SettingError, available_memory, check_folder, check_memory, choose_folder
 from run import describe, from_hub, go_offline_unless_reachable, memory_plan, rank, start_processes
-from tldr import DataError, divide_by_post, encode_prompt, load_comparisons, load_posts
+from tldr import DataError, divide_by_post, encode_prompts, load_comparisons, load_posts
 from tldr import without_posts_of
 
 # ---------------------------------------------------------------------------- settings
@@ -183,8 +183,7 @@ def make_tiny_model(posts, settings, device):
 
 def encode(posts, summaries, tokenizer, settings):
     """Posts and summaries as token ids: queries and responses."""
-    gap = "\n" * settings.prompt_newlines
-    return ([encode_prompt(post, tokenizer, settings.query_length, gap) for post in posts],
+    return (encode_prompts(posts, tokenizer, settings.query_length, settings.prompt_newlines),
             [encode_response(text, tokenizer, settings.summary_length) for text in summaries])
 
 

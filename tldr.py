@@ -66,6 +66,15 @@ def encode_prompt(post, tokenizer, query_length, gap="\n\n"):
     return encode(text)
 
 
+def encode_prompts(posts, tokenizer, query_length, newlines=2):
+    """encode_prompt for many posts: all at once, which is faster, then those that must be cut."""
+    gap = "\n" * newlines
+    rows = tokenizer([build_prompt(post, gap) for post in posts], add_special_tokens=False,
+                     split_special_tokens=True, verbose=False)["input_ids"] if posts else []
+    return [ids if len(ids) <= query_length else encode_prompt(post, tokenizer, query_length, gap)
+            for post, ids in zip(posts, rows)]
+
+
 # ---------------------------------------------------------------------------- checking one row
 
 
