@@ -6,13 +6,15 @@ log-probs and values of the response come from positions [Q-1 : -1]. B = batch, 
 """
 
 import hashlib
+import inspect
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import LlamaForCausalLM
 from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -211,6 +213,11 @@ def next_token(logits, temperature, top_p, generator):
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
 
+# the name of the key-value cache, changed in transformers 5.24
+CACHE = ("cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
+         else "past_key_values")
+
+
 @torch.no_grad()
 def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pad_token_id,
            temperature=1.0, top_p=1.0, generator=None, k=1):
@@ -227,12 +234,11 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
     n, device = k * len(input_ids), input_ids.device
     responses = torch.full((n, max_new_tokens), pad_token_id, device=device)
     rows = torch.arange(n, device=device)  # rows still being written
-    mask, ids, cache = attention_mask.long(), input_ids, None
+    mask, ids, cache = attention_mask.long(), input_ids, DynamicCache(config=model.config)
     position_ids = get_position_ids(mask)
     for t in range(max_new_tokens):
-        output = model(input_ids=ids, attention_mask=mask, position_ids=position_ids,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = output.logits[:, -1], output.past_key_values
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids,
+                       use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1]
         if t == 0 and k > 1:  # the post is computed once, its cache shared out
             logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)
             cache.batch_repeat_interleave(k)

@@ -575,6 +575,7 @@ def test_resume_of_a_finished_run_says_so_and_does_nothing(tmp_path, capsys):
 # ---------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 def test_twenty_ppo_updates_leave_no_memory_behind(model, tmp_path):
     def live(update):
         if update >= 4:
