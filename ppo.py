@@ -207,12 +207,10 @@ def rollout(policy, reference, reward_model, critic, queries, tokenizer, config,
 
 def whiten_over_processes(advantages, mask):
     """whiten over the tokens of all processes: gather, whiten, take our own."""
-    if n_processes() == 1:
-        return whiten(advantages, mask)
     tokens = gather(advantages[mask])  # one vector per process
     flat = torch.cat(tokens)
-    whitened = whiten(flat, torch.ones_like(flat)).split([len(part) for part in tokens])[rank()]
-    return torch.zeros_like(advantages).masked_scatter(mask, whitened)
+    parts = whiten(flat, torch.ones_like(flat)).split([len(part) for part in tokens])
+    return torch.zeros_like(advantages).masked_scatter(mask, parts[rank()])
 
 
 def check_first_update(log_probs, batch, tolerance=1e-4):
@@ -288,26 +286,24 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
             part = {name: x[:, :width] if x.dim() > 1 else x for name, x in part.items()}
             yield (ids, real, width), part, part["mask"].sum().double() / count
 
-    def policy_losses(posts, count):
-        for inputs, part, share in parts(posts, count):
-            log_probs = response_log_probs(network, *inputs, config.temperature, k)
-            if step == n_updates == 0:
-                check_first_update(log_probs.detach(), part,
-                                   1e-4 if policy.dtype == torch.float32 else 5e-2)
-            loss, clipped = policy_loss(log_probs, part["log_probs"], part["advantages"],
-                                        part["mask"], config.clip_range)
-            stats["policy_loss"] += loss.detach() * share
-            stats["clip_fraction"] += clipped * share
-            yield loss * share
+    def policy_of(inputs, part):
+        log_probs = response_log_probs(network, *inputs, config.temperature, k)
+        if step == n_updates == 0:
+            check_first_update(log_probs.detach(), part,
+                               1e-4 if policy.dtype == torch.float32 else 5e-2)
+        return policy_loss(log_probs, part["log_probs"], part["advantages"], part["mask"],
+                           config.clip_range)
 
-    def value_losses(posts, count):
+    def value_of(inputs, part):
+        return value_loss(response_values(critic, *inputs, k), part["values"], part["returns"],
+                          part["mask"], config.clip_range_value)
+
+    def losses(name, loss_of, weight, posts, count):
         for inputs, part, share in parts(posts, count):
-            values = response_values(critic, *inputs, k)
-            loss, clipped = value_loss(values, part["values"], part["returns"], part["mask"],
-                                       config.clip_range_value)
-            stats["value_loss"] += loss.detach() * share
-            stats["value_clip_fraction"] += clipped * share
-            yield config.value_weight * loss * share
+            loss, clipped = loss_of(inputs, part)
+            stats[f"{name}_loss"] += loss.detach() * share
+            stats[f"{name}_clip_fraction"] += clipped * share
+            yield weight * loss * share
 
     k = config.return_sequences
     n_posts = max(1, config.ppo_batch_size // k)
@@ -328,10 +324,11 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
                                    generator=generator_for(run.seed, "ppo epoch", step, epoch))
             for posts in order.to(policy.device).chunk(config.ppo_minibatches):
                 count = sum_over_processes(batch["mask"].unflatten(0, (-1, k))[posts].sum())
-                update(policy_optimizer, policy_losses(posts, count), lr, config.max_grad_norm,
-                       "policy_loss")
-                update(critic_optimizer, value_losses(posts, count), lr, config.max_grad_norm,
-                       "value_loss")
+                update(policy_optimizer, losses("policy", policy_of, 1, posts, count), lr,
+                       config.max_grad_norm, "policy_loss")
+                update(critic_optimizer,
+                       losses("value", value_of, config.value_weight, posts, count), lr,
+                       config.max_grad_norm, "value_loss")
                 n_updates += 1
         means = {"reward": batch["scores"], "kl_per_summary": batch["kl"],
                  "length": batch["mask"].sum(1), "ended": batch["ended"],
@@ -349,8 +346,7 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
 
 if __name__ == "__main__":
     # A summary of three actions (the third is EOS) and one position of padding; score 2, beta 0.05
-    log_probs = torch.tensor([[-1.0, -2.0, -0.5, -3.0]])
-    ref_log_probs = torch.tensor([[-1.2, -1.5, -1.0, -3.0]])
+    log_probs, ref_log_probs = torch.tensor([[[-1.0, -2, -0.5, -3]], [[-1.2, -1.5, -1, -3]]])
     mask = torch.tensor([[1, 1, 1, 0]])
     rewards = kl_penalized_rewards(torch.tensor([2.0]), log_probs, ref_log_probs, mask, 0.05)
     print("rewards:", rewards.tolist(), "sum = score - beta KL =", rewards.sum().item())
@@ -358,8 +354,7 @@ if __name__ == "__main__":
     advantages, returns = compute_gae(rewards, values, mask)
     print("advantages:", advantages.tolist(), "returns:", returns.tolist())
     print("whitened:", whiten(advantages, mask).tolist())
-    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]])
-    a = torch.tensor([[1.0, -1.0, 1.0, -1.0, 2.0]])
+    ratio, a = torch.tensor([[[1.5, 1.5, 0.5, 0.5, 1.1]], [[1.0, -1.0, 1.0, -1.0, 2.0]]])
     loss, clipped = policy_loss(ratio.log(), torch.zeros(1, 5), a, torch.ones(1, 5))
     print("policy loss:", loss.item(), "clip fraction:", clipped.item())
     v = torch.tensor([[1.5, 1.1, 0.5]])

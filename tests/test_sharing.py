@@ -180,5 +180,5 @@ def test_a_whole_update_is_the_same_however_it_is_split(changes, tmp_path, monke
     for a, b in zip(split[:2], plain[:2]):
         close(a, b, 1e-9)
     for name in ("reward", "kl_per_summary", "length", "entropy", "policy_loss", "value_loss",
-                 "clip_fraction", "value_clip_fraction", "ended"):
+                 "policy_clip_fraction", "value_clip_fraction", "ended"):
         assert split[2][name] == pytest.approx(plain[2][name], rel=1e-5, abs=1e-6), name
