@@ -289,8 +289,9 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
     def policy_of(inputs, part):
         log_probs = response_log_probs(network, *inputs, config.temperature, k)
         if step == n_updates == 0:
-            check_first_update(log_probs.detach(), part,
-                               1e-4 if policy.dtype == torch.float32 else 5e-2)
+            exact = (policy.dtype == torch.float32
+                     and not torch.is_autocast_enabled(policy.device.type))
+            check_first_update(log_probs.detach(), part, 1e-4 if exact else 5e-2)
         return policy_loss(log_probs, part["log_probs"], part["advantages"], part["mask"],
                            config.clip_range)
 

@@ -55,11 +55,11 @@ class RewardModel(nn.Module):
     def _build(self, trunk):
         self.trunk = trunk.eval()
         width = trunk.config.hidden_size  # d
-        self.head = nn.Linear(width, 1)
+        self.head = nn.Linear(width, 1, device=trunk.device)
         # App. B.1: weights ~ N(0, variance 1/(d+1)), so that a first score is of order 1
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1))
         nn.init.zeros_(self.head.bias)
-        self.register_buffer("reference_mean", torch.zeros(()))
+        self.register_buffer("reference_mean", torch.zeros((), device=trunk.device))
 
     def forward(self, input_ids, attention_mask):
         """(B, L), (B, L) -> (B, L): a score at every real position; at padding it means nothing."""

@@ -197,6 +197,13 @@ def test_the_interface_of_a_new_model(architecture):
         "trunk + head of d weights and a bias; the language model's own head is dropped")
 
 
+def test_head_and_mean_are_on_the_device_of_the_trunk():
+    with torch.device("meta"):  # stands for a GPU
+        language_model = build(CONFIGS["gpt2"]())
+    model = RewardModel(language_model)
+    assert {t.device.type for t in model.state_dict().values()} == {"meta"}
+
+
 @every_architecture
 def test_the_trunk_is_a_copy(architecture):
     language_model = build(CONFIGS[architecture]())
