@@ -331,8 +331,10 @@ def run_all(settings):
     run = Run(folder, config, *flags, settings.save_seconds)
     ask = partial(figures.judged, run, judge, settings.judge or "labeler")
     results = {"preset": settings.preset, "seed": settings.seed}
-    # with all weights trained in float32, a GPU still multiplies matrices in bfloat16
-    with run.guarded(), torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
+    # With all weights trained in float32, a GPU still multiplies matrices in bfloat16. No cache of
+    # weights in bfloat16: it would outlive the step that changes them.
+    with run.guarded(), torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu",
+                                       cache_enabled=False):
         tokenizer, sft = supervise(run, settings, posts, device, given)
         if not settings.posts:
             compared, results["fact_accuracy"] = compare_in_tiny_world(
