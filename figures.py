@@ -14,7 +14,7 @@ import toy
 from judge import best_of_n_kl, judge_pairwise, length_controlled_win_rate, win_rate
 from judge import wilson_interval
 from reward import preference_accuracy, score_summaries
-from run import peak_memory_bytes
+from run import peak_memory_bytes, rank
 
 # One colour for one thing in every picture; Okabe-Ito, which colour-blind readers can tell apart
 COLORS = {"reward": "#0072B2", "kl": "#D55E00", "truth": "#009E73", "reference": "#E69F00",
@@ -162,9 +162,10 @@ def finish(run, settings, results, ask, reward_of, posts, sft_summaries, summari
     run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
     results |= {"warnings": list(run.warnings.values()), "seconds": run.total_seconds(),
                 "peak_memory_bytes": peak_memory_bytes()}
-    report(run, results, samples)
-    run.write("results.json", results)  # last: it marks the run as finished
-    run.remove("checkpoints")
+    if rank() == 0:
+        report(run, results, samples)
+        run.write("results.json", results)  # last: it marks the run as finished
+        run.remove("checkpoints")
     return results
 
 

@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from transformers.hf_argparser import HfArg
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from run import SettingError, from_hub, n_processes, rank, sum_over_processes
+from run import SettingError, agreed, from_hub, n_processes, rank, sum_over_processes
 
 
 def check_shapes(**tensors):
@@ -387,6 +387,9 @@ class ModelConfig:
 def epoch_batches(n, batch_size, epochs, seed, stage):
     """Total number of steps, and a function step -> row numbers: each epoch is shuffled anew."""
     batch_size = min(batch_size, n)
+    if batch_size < n_processes():
+        raise SettingError(f"{stage}: a batch of {batch_size} rows does not reach for "
+                           f"{n_processes()} processes: start fewer, or raise {stage}_batch_size")
     per_epoch = n // batch_size
 
     def rows(step):
@@ -444,9 +447,10 @@ def update(optimizer, losses, lr, max_grad_norm=math.inf, name="loss"):
         group["lr"] = lr
     optimizer.zero_grad()
     total = torch.zeros((), device=parameters[0].device)
-    for loss in losses:
-        loss.backward()
-        total += loss.detach()
+    with agreed():
+        for loss in losses:
+            loss.backward()
+            total += loss.detach()
     gradients = [p.grad for p in parameters if p.grad is not None]
     sum_over_processes(total, *gradients)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)

@@ -17,7 +17,7 @@ from transformers.hf_argparser import HfArg
 from lm import add_adapter, check_finite, check_mask, check_shapes, checkpoint_activations
 from lm import generator_for, get_response_mask, linear_schedule, masked_mean, pad
 from lm import response_log_probs, sample, trainable, trim, update, without_adapter, zero_off
-from run import gather, n_processes, rank, sum_over_processes
+from run import SettingError, agreed, gather, n_processes, rank, sum_over_processes
 
 
 @dataclass
@@ -163,7 +163,7 @@ def rollout(policy, reference, reward_model, critic, queries, tokenizer, config,
     update reads of them.
 
     Returns a dict of tensors with rows B: input_ids and attention_mask (B, Q+T); mask, log_probs,
-    ref_log_probs, values, advantages (whitened), returns (B, T); scores, kl, ended (B,).
+    ref_log_probs, values, advantages, returns (B, T); scores, kl, ended (B,).
     """
     pad_id, eos, k = tokenizer.pad_token_id, tokenizer.eos_token_id, config.return_sequences
     n = max(1, (config.rollout_batch_size or k * len(queries)) // k)  # posts at a time
@@ -201,7 +201,7 @@ def rollout(policy, reference, reward_model, critic, queries, tokenizer, config,
     kl = zero_off(mask, log_probs - ref_log_probs)[0].sum(1)  # nats per summary
     return {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask,
             "log_probs": log_probs, "ref_log_probs": ref_log_probs, "values": values,
-            "advantages": whiten_over_processes(advantages, mask), "returns": returns,
+            "advantages": advantages, "returns": returns,
             "scores": scores, "kl": kl, "ended": ended}
 
 
@@ -243,6 +243,16 @@ def warn_of_collapse(run):
         if last[name] < first[name] / part:
             run.warn(name, f"ppo step {last['step']}: {name} {last[name]:.2g} {unit}, down from "
                      f"{first[name]:.2g}: the policy has collapsed; raise kl_beta or lower ppo_lr")
+
+
+def posts_per_update(config):
+    """Posts whose summaries make one update; SettingError unless the processes share them evenly
+    (one with fewer would make fewer minibatches, and the others wait for it)."""
+    n_posts = max(1, config.ppo_batch_size // config.return_sequences)
+    if n_posts % n_processes():
+        raise SettingError(f"--ppo_batch_size {config.ppo_batch_size}: {n_posts} posts an update "
+                           f"can't be shared evenly among {n_processes()} processes")
+    return n_posts
 
 
 def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=None):
@@ -307,7 +317,7 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
             yield weight * loss * share
 
     k = config.return_sequences
-    n_posts = max(1, config.ppo_batch_size // k)
+    n_posts = posts_per_update(config)
     total = max(1, config.ppo_episodes // config.ppo_batch_size)
     for step in run.steps("ppo", total, snapshot=True, policy=network, critic=critic,
                           policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer):
@@ -315,9 +325,12 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
                                   device=policy.device)
         chosen = range(step * n_posts, (step + 1) * n_posts)[rank() :: n_processes()]
         # every summary of a post is trained on: a best-of-n choice would not be pi_old's sample
-        batch = rollout(network, reference, reward_model, critic,
-                        [queries[i % len(queries)] for i in chosen], tokenizer, config, generator)
-        check_finite(reward=batch["scores"], KL=batch["kl"], **{"return": batch["returns"]})
+        with agreed():
+            batch = rollout(network, reference, reward_model, critic,
+                            [queries[i % len(queries)] for i in chosen], tokenizer, config,
+                            generator)
+            check_finite(reward=batch["scores"], KL=batch["kl"], **{"return": batch["returns"]})
+        batch["advantages"] = whiten_over_processes(batch["advantages"], batch["mask"])
         lr = config.ppo_lr * linear_schedule(step, total)
         n_updates, stats = 0, Counter()
         for epoch in range(config.ppo_epochs):

@@ -27,10 +27,11 @@ import toy
 from judge import JudgeConfig, load_judge, quality_judge
 from lm import ModelConfig, SFTConfig, add_adapter, checkpoint_activations, decode_response
 from lm import encode_response, generator_for, load_language_model, sample_responses, train_sft
-from ppo import PPOConfig, train_ppo
+from ppo import PPOConfig, posts_per_update, train_ppo
 from reward import RewardConfig, RewardModel, normalize, score_summaries, train_reward
-from run import Run, SettingError, available_memory, check_folder, check_memory, choose_folder
-from run import describe, from_hub, go_offline_unless_reachable, memory_plan, rank, start_processes
+from run import Run, SettingError, agreed, available_memory, check_folder, check_memory
+from run import choose_folder, describe, from_hub, go_offline_unless_reachable, memory_plan, rank
+from run import start_processes
 from tldr import DataError, divide_by_post, encode_prompts, load_comparisons, load_posts
 from tldr import without_posts_of
 
@@ -310,8 +311,10 @@ def run_all(settings):
     device = start_processes()
     config = describe(vars(settings))
     folder, flags = settings.output_dir, (settings.restart, settings.resume)
-    if rank() == 0:
-        check_folder(folder, config, *flags)
+    with agreed():  # before hours of work, and before anything large is loaded
+        posts_per_update(settings)
+        if rank() == 0:
+            check_folder(folder, config, *flags)
     if settings.resume and Path(folder, "results.json").exists():
         return print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
 
@@ -326,13 +329,16 @@ def run_all(settings):
         if settings.judge_every and update % settings.judge_every == 0:
             figures.judge_during(run, update, ask, few, written(policy, few), sft_texts)
 
-    judge, given = load_given(settings, device, reward_of)
-    posts, held_out, compared, compared_held_out = load_data(settings)
-    run = Run(folder, config, *flags, settings.save_seconds)
+    with agreed():
+        judge, given = load_given(settings, device, reward_of)
+        posts, held_out, compared, compared_held_out = load_data(settings)
+        run = Run(folder, config, *flags, settings.save_seconds)
     ask = partial(figures.judged, run, judge, settings.judge or "labeler")
     results = {"preset": settings.preset, "seed": settings.seed}
-    # with all weights trained in float32, a GPU still multiplies matrices in bfloat16
-    with run.guarded(), torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu"):
+    # With all weights trained in float32, a GPU still multiplies matrices in bfloat16. No cache of
+    # weights in bfloat16: it would outlive the step that changes them.
+    with run.guarded(), torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu",
+                                       cache_enabled=False):
         tokenizer, sft = supervise(run, settings, posts, device, given)
         if not settings.posts:
             compared, results["fact_accuracy"] = compare_in_tiny_world(

@@ -42,6 +42,9 @@ class SettingError(ValueError):
 # `torchrun --nproc_per_node N rlhf_minimal.py ...`: each process has all models and its own share of
 # each batch; gradients are summed by torch.distributed, and what is summed is never an average of
 # averages, so N processes take the step that one process would take on the same batch.
+# What is no training step (comparisons of the tiny world, judging, measuring) each process does for
+# itself, from the same seed and the same weights (sums are equal to the last bit on all of them, so
+# are Adam's steps): they get the same texts and numbers, and only the first one writes them.
 
 
 def rank():
@@ -78,6 +81,25 @@ def gather(tensor):
         tensors = [None] * n_processes()
         dist.all_gather_object(tensors, tensor.cpu())
     return [part.to(tensor.device) for part in tensors]
+
+
+@contextmanager
+def agreed():
+    """What goes wrong with one process in this block ends all of them, after it, with the same
+    exception; alone it would leave the others waiting at their next sum. No sum or gather inside.
+    """
+    error = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    faults = [None] * n_processes()
+    if n_processes() > 1:
+        dist.all_gather_object(faults, error and (type(error), str(error)))
+    for kind, text in filter(None, () if error else faults):
+        raise kind(text)
+    if error:
+        raise error
 
 
 # ---------------------------------------------------------------------------- from the hub
@@ -364,23 +386,26 @@ class Run:
         parts: the modules and optimizers that the stage changes. snapshot: a step changes them more
         than once, so a copy from before it is kept in case it goes wrong.
         """
-        first, saved = self.restore(stage, parts), time.perf_counter()
-        if n_processes() > 1:
-            dist.barrier()  # nobody saves before everybody has restored
+        with agreed():  # nobody saves before everybody has restored
+            first, saved = self.restore(stage, parts), time.perf_counter()
         start = saved - self.seconds.get(stage, 0)
-        with tqdm(range(first, total), desc=stage, initial=first, total=total, disable=None,
-                  mininterval=0.5, leave=False) as self.bar:
+        with tqdm(range(first, total), desc=stage, initial=first, total=total, mininterval=0.5,
+                  disable=rank() > 0 or None, leave=False) as self.bar:
             for step in self.bar:
                 copy = flatten(parts, copy=True) if snapshot else None
                 self.stage, self.step, self.before = stage, step, lambda: copy or flatten(parts)
                 yield step
                 self.seconds[stage] = time.perf_counter() - start
                 done = step + 1 == total
-                self.stopping = any(gather(torch.tensor(self.stopping)))  # all stop together
-                if done or self.stopping or time.perf_counter() - saved >= self.save_seconds:
-                    # what is finished needs its optimizers no more
-                    self.save(stage, step + 1, flatten({name: part for name, part in parts.items()
-                              if not done or isinstance(part, torch.nn.Module)}))
+                due = done or time.perf_counter() - saved >= self.save_seconds
+                # all stop together, and not before the first process has saved
+                flags = torch.stack(gather(torch.tensor([self.stopping, due]))).any(0)
+                self.stopping, due = flags.tolist()
+                if due or self.stopping:
+                    with agreed():  # what is finished needs its optimizers no more
+                        self.save(stage, step + 1, flatten(
+                            {name: part for name, part in parts.items()
+                             if not done or isinstance(part, torch.nn.Module)}))
                     saved = time.perf_counter()
                 if self.stopping:
                     raise KeyboardInterrupt
@@ -417,7 +442,7 @@ class Run:
                 return state["step"]
             print(f"{path} is damaged: going on from the one before it, or else from the beginning "
                   f"of {stage}")
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have been faster
         return 0
 
     @contextmanager
@@ -436,7 +461,8 @@ class Run:
             yield
         except FloatingPointError as error:
             if self.before:
-                self.save(self.stage, self.step, self.before())
+                with agreed():  # torchrun ends all when one has ended
+                    self.save(self.stage, self.step, self.before())
             raise SettingError(
                 f"{self.stage} step {self.step}: {error}; the state before it is saved in "
                 f"{self.folder / 'checkpoints'}. Lower {self.stage}_lr and begin anew") from None
