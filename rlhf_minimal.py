@@ -291,8 +291,8 @@ def load_given(settings, device, score):
             raise SettingError(f"--reward_model {settings.reward_model}: expected the reward_model/ "
                                "folder of a run, or the hub id of one")
     if settings.sft_model and not small:
-        configs = [from_hub(AutoConfig.from_pretrained, name) for name in (settings.sft_model, judge)
-                   if "/" in name]
+        configs = [from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
+                   for name in (settings.sft_model, judge) if "/" in name]
         check_memory(memory_plan(settings, *configs), *available_memory(device))
     try:
         judge = (quality_judge(toy.true_quality) if judge == "labeler"
