@@ -273,7 +273,7 @@ def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None,
     refused: left to its default, transformers asks the user whether to run it."""
     tokenizer_name = tokenizer or name
     tokenizer = from_hub(AutoTokenizer.from_pretrained, tokenizer_name, trust_remote_code=False)
-    if not tokenizer("a")["input_ids"] or tokenizer.eos_token is None:
+    if not tokenizer("a", add_special_tokens=False)["input_ids"] or tokenizer.eos_token is None:
         # what AutoTokenizer gives, without a word, for a repository that has none
         raise SettingError(f"{tokenizer_name} has no usable tokenizer (text gives no ids, or no "
                            "EOS): name that of its base model with --tokenizer")
@@ -282,7 +282,7 @@ def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None,
     if small:
         torch.manual_seed(0)
         config = from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(shrink(config))
+        model = AutoModelForCausalLM.from_config(shrink(config), dtype=dtype)
     else:
         model = from_hub(AutoModelForCausalLM.from_pretrained, name, dtype=dtype,
                          trust_remote_code=False)
