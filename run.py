@@ -205,9 +205,9 @@ MAY_DIFFER = {"resume", "restart", "output_dir", "save_seconds", "files", "envir
 
 
 def digest(path):
-    """SHA-256 of the content of a file, or of the files in a folder, shortened."""
+    """SHA-256 of the content of a file, or of all files in a folder, shortened."""
     sha = hashlib.sha256()
-    for file in (path, *sorted(path.glob("*"))):
+    for file in (path, *sorted(path.rglob("*"))):
         if file.is_file() and file.stat().st_size:  # an empty file has no memory to map
             with file.open("rb") as stream:
                 sha.update(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
