@@ -114,7 +114,11 @@ def parse_settings(arguments):
     settings, _ = parser.parse_known_args(arguments)
     if settings.preset not in PRESETS:
         fail(f"--preset {settings.preset}: expected one of {', '.join(PRESETS)}")
-    parser.set_defaults(**{**PRESETS[settings.preset], **(FAST if settings.fast_dev_run else {})})
+    preset = dict(PRESETS[settings.preset])
+    if settings.sft_model not in (None, preset.get("sft_model")):
+        for name in ("tokenizer", "prompt_newlines"):  # those of the preset's own model
+            preset.pop(name, None)
+    parser.set_defaults(**{**preset, **(FAST if settings.fast_dev_run else {})})
     settings = parser.parse_args(arguments)
     for name, value in vars(settings).items():
         if type(value) in (int, float) and name not in ZERO_IS_FINE and not value > 0:
