@@ -88,7 +88,7 @@ FAULTS = (  # what an error says: what to do about it; the first three may meet 
     ("custom code", "it comes with code of its own, which is never run here: pass another one"),
     ("backend tokenizer", "name the tokenizer of its base model with --tokenizer"),
     ("gated", "accept its licence on https://huggingface.co/{name} and log in: hf auth login"),
-    (r"not a valid model identifier|DatasetNotFound|RepositoryNotFound|\b40[14]\b",
+    ("not a valid model identifier|DatasetNotFound|RepositoryNotFound|40[14] Client",
      "no such repository, or a private one: check the id, or log in with hf auth login"),
     ("npickl|SafetensorError|header|RemoteProtocol|ArrowInvalid|Parquet|Consistency|EOFError",
      "its download is damaged or was cut short: delete {cache} and try again"),
