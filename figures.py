@@ -262,6 +262,17 @@ def win_rate_table(results):
                    f"{r['mean_length']:.1f} / {r['mean_length_other']:.1f}")
 
 
+def agreement(results):
+    """What a win rate is worth: how often its judge, the reward model and pick-the-longer choose as
+    the labelers did, with 95 % intervals."""
+    rate, n = results["judge_agreement"], results["reward_accuracy_n"]
+    rows = [(f"the judge {rate['judge']}", rate["win_rate"], rate["n"])]
+    rows += [(name, results[key], n) for name, key in (
+        ("the reward model", "reward_accuracy"), ("pick-the-longer", "reward_accuracy_longest_wins"))]
+    return "; ".join("{} {:.3f} ({:.3f} - {:.3f}, n = {})".format(
+        name, share, *wilson_interval(share, count), count) for name, share, count in rows)
+
+
 def one_line(text, width=300):
     """Text of others for a terminal: no line breaks, and nothing that could steer it (\\x1b[2J)."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
@@ -292,6 +303,7 @@ def report(run, results, samples):
 
     lines = [f"# Run {run.folder.name}, seed {results['seed']}", "",
              f"Win rates, judged by **{judge}** on held-out posts; 95 % Wilson intervals.", "",
+             f"Agreement with the labels of held-out comparisons: {agreement(results)}.", "",
              "| " + " | ".join(header) + " |", "|---" * len(header) + "|",
              *("| " + " | ".join(row) + " |" for row in table[1:]), "",
              "| measure | value |", "|---|---|",

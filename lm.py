@@ -269,10 +269,11 @@ def shrink(config):
 
 
 def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None, small=False):
-    """Tokenizer and model of a local folder or hub id, in eval mode."""
+    """Tokenizer and model of a local folder or hub id, in eval mode. Code that comes with a model is
+    refused: left to its default, transformers asks the user whether to run it."""
     tokenizer_name = tokenizer or name
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, tokenizer_name)
-    if not tokenizer("a")["input_ids"] or tokenizer.eos_token is None:
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, tokenizer_name, trust_remote_code=False)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"] or tokenizer.eos_token is None:
         # what AutoTokenizer gives, without a word, for a repository that has none
         raise SettingError(f"{tokenizer_name} has no usable tokenizer (text gives no ids, or no "
                            "EOS): name that of its base model with --tokenizer")
@@ -280,9 +281,11 @@ def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None,
         tokenizer.pad_token = tokenizer.eos_token  # safe: masks are made from lengths, not from ids
     if small:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(shrink(from_hub(AutoConfig.from_pretrained, name)))
+        config = from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(shrink(config), dtype=dtype)
     else:
-        model = from_hub(AutoModelForCausalLM.from_pretrained, name, dtype=dtype)
+        model = from_hub(AutoModelForCausalLM.from_pretrained, name, dtype=dtype,
+                         trust_remote_code=False)
     rows = model.get_input_embeddings().num_embeddings  # may be more: 50400 for 50257 in GPT-J
     if rows < len(tokenizer):
         raise SettingError(f"{tokenizer_name}: {len(tokenizer)} tokens, but {name} knows {rows}: "

@@ -104,7 +104,8 @@ class RewardModel(nn.Module):
         """The model that save_pretrained wrote, in eval mode: the same scores to the last bit."""
         model = cls.__new__(cls)
         nn.Module.__init__(model)
-        model._build(AutoModel.from_config(AutoConfig.from_pretrained(folder)))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model._build(AutoModel.from_config(config))
         load_model(model, str(Path(folder) / "model.safetensors"))
         return model.eval()
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, HfArgumentParser, logging
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, logging
 from transformers.hf_argparser import HfArg
 
 import figures
@@ -115,7 +115,11 @@ def parse_settings(arguments):
     settings, _ = parser.parse_known_args(arguments)
     if settings.preset not in PRESETS:
         fail(f"--preset {settings.preset}: expected one of {', '.join(PRESETS)}")
-    parser.set_defaults(**{**PRESETS[settings.preset], **(FAST if settings.fast_dev_run else {})})
+    preset = dict(PRESETS[settings.preset])
+    if settings.sft_model not in (None, preset.get("sft_model")):
+        for name in ("tokenizer", "prompt_newlines"):  # those of the preset's own model
+            preset.pop(name, None)
+    parser.set_defaults(**{**preset, **(FAST if settings.fast_dev_run else {})})
     settings = parser.parse_args(arguments)
     for name, value in vars(settings).items():
         if type(value) in (int, float) and name not in ZERO_IS_FINE and not value > 0:
@@ -252,10 +256,15 @@ def compare_in_tiny_world(run, settings, posts, name, tokenizer, model):
     return comparisons, toy.fact_accuracy(posts, samples[0])
 
 
-def make_reward_model(run, settings, posts, pairs, tokenizer, sft):
+def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
     """Step 2: the reward model, given or trained; references score 0 on average."""
-    if settings.reward_model:
-        reward_model = RewardModel.from_pretrained(settings.reward_model).to(sft.device)
+    if given:
+        own = from_hub(AutoTokenizer.from_pretrained, settings.reward_model,
+                       trust_remote_code=False)
+        if own.get_vocab() != tokenizer.get_vocab():
+            raise SettingError(f"--reward_model {settings.reward_model}: it was trained with another"
+                               " tokenizer than that of the SFT model; pass one that fits it")
+        reward_model = given.to(sft.device)
         reward_model.trunk.to(sft.dtype)
     else:
         torch.manual_seed(settings.seed)  # for the head
@@ -276,24 +285,26 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft):
 
 
 def load_given(settings, device, score):
-    """The judge, and tokenizer and SFT model (None: to be trained), before any training: they may
-    not be there, or too large for this machine."""
-    small, judge = settings.fast_dev_run, settings.judge or "labeler"
+    """The judge, and tokenizer and SFT model, and the reward model (None: to be trained), before
+    any training: they may not be there, or too large for this machine."""
+    small, judge, reward_model = settings.fast_dev_run, settings.judge or "labeler", None
     dtype = torch.bfloat16 if settings.lora_rank and device != "cpu" else torch.float32
     hub_ids = [name for name in (settings.posts, settings.comparisons, settings.sft_model,
-                                   settings.reward_model, judge)
+                                   settings.tokenizer, settings.reward_model, judge)
                if "/" in str(name) and not Path(name).exists()]
     if hub_ids:
         go_offline_unless_reachable()
     if settings.reward_model:
         if settings.reward_model.count("/") == 1 and not Path(settings.reward_model).exists():
             settings.reward_model = from_hub(snapshot_download, settings.reward_model)
-        if not Path(settings.reward_model, "model.safetensors").is_file():
-            raise SettingError(f"--reward_model {settings.reward_model}: expected the reward_model/ "
-                               "folder of a run, or the hub id of one")
+        try:
+            reward_model = from_hub(RewardModel.from_pretrained, settings.reward_model)
+        except SettingError as error:
+            raise SettingError(f"--reward_model {error} (expected the reward_model/ folder of a run,"
+                               " or the hub id of one)") from None
     if settings.sft_model and not small:
-        configs = [from_hub(AutoConfig.from_pretrained, name) for name in (settings.sft_model, judge)
-                   if "/" in name]
+        configs = [from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
+                   for name in (settings.sft_model, judge) if "/" in name]
         check_memory(memory_plan(settings, *configs), *available_memory(device))
     try:
         judge = (quality_judge(toy.true_quality) if judge == "labeler"
@@ -302,8 +313,9 @@ def load_given(settings, device, score):
         named = judge in str(error)
         raise SettingError(str(error) if named else f"--judge {judge}: {error}") from None
     if not settings.sft_model:
-        return judge, None
-    return judge, load_language_model(settings.sft_model, device, dtype, settings.tokenizer, small)
+        return judge, None, reward_model
+    return judge, load_language_model(settings.sft_model, device, dtype, settings.tokenizer,
+                                      small), reward_model
 
 
 def run_all(settings):
@@ -330,7 +342,7 @@ def run_all(settings):
             figures.judge_during(run, update, ask, few, written(policy, few), sft_texts)
 
     with agreed():
-        judge, given = load_given(settings, device, reward_of)
+        judge, given, reward_model = load_given(settings, device, reward_of)
         posts, held_out, compared, compared_held_out = load_data(settings)
         run = Run(folder, config, *flags, settings.save_seconds)
     ask = partial(figures.judged, run, judge, settings.judge or "labeler")
@@ -347,7 +359,7 @@ def run_all(settings):
                 run, settings, compared_held_out, "held out", tokenizer, sft)
         pairs, _ = encode_pairs(compared, tokenizer, settings)
         pairs_held_out, rows = encode_pairs(compared_held_out, tokenizer, settings)
-        reward_model = make_reward_model(run, settings, posts, pairs, tokenizer, sft)
+        reward_model = make_reward_model(run, settings, posts, pairs, tokenizer, sft, reward_model)
         results |= figures.measure_reward_model(run, reward_model, pairs, pairs_held_out, rows,
                                                 tokenizer)
         some = rows[:: max(1, len(rows) // settings.judge_posts)]

@@ -104,12 +104,15 @@ def agreed():
 
 # ---------------------------------------------------------------------------- from the hub
 
-FAULTS = (  # what an error says: what to do about it
+FAULTS = (  # what an error says: what to do about it; the first three may meet a local folder too
+    ("No space left|Not enough disk|quota",
+     "free some space, or set HF_HOME to a folder on a larger disk"),
+    ("custom code", "it comes with code of its own, which is never run here: pass another one"),
+    ("backend tokenizer", "name the tokenizer of its base model with --tokenizer"),
     ("gated", "accept its licence on https://huggingface.co/{name} and log in: hf auth login"),
-    ("No space left", "free some space, or set HF_HOME to a folder on a larger disk"),
-    ("not a valid model identifier|DatasetNotFound|RepositoryNotFound|401|404",
+    ("not a valid model identifier|DatasetNotFound|RepositoryNotFound|40[14] Client",
      "no such repository, or a private one: check the id, or log in with hf auth login"),
-    ("ppickl|SafetensorError|header|RemoteProtocol|ArrowInvalid|Parquet|Consistency|EOFError",
+    ("npickl|SafetensorError|header|RemoteProtocol|ArrowInvalid|Parquet|Consistency|EOFError",
      "its download is damaged or was cut short: delete {cache} and try again"),
     ("does not appear to have|no file named|Unrecognized model|EntryNotFound",
      "the repository lacks that file: pass another one, or a local folder that has it"),
@@ -125,9 +128,14 @@ def from_hub(load, name, *path, **settings):
     try:
         return load(*path or [name], **settings)
     except Exception as error:  # network, login, disk, damaged files: exceptions of many libraries
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        advice = "check that file" if Path(name).exists() else next(
-            (do for sign, do in FAULTS if re.search(sign, text)), "check the name")
+        texts = []
+        while error:  # what it says, and what caused it: `datasets` hides that a disk is full
+            texts.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            error = error.__cause__
+        faults, other = ((FAULTS[:3], "check that file") if Path(name).exists() else (
+            FAULTS, "check the name; if it is right, delete {cache} and try again"))
+        text, advice = next(((text, do) for text in texts for sign, do in faults
+                             if re.search(sign, text.replace(str(name), ""))), (texts[0], other))
         cache = f"{HF_HUB_CACHE}/*--{str(name).replace('/', '--')}"
         # not the whole text: torch's advice after a failed load is to load without its safety
         raise SettingError(f"{name}: not readable, {text.split('. ')[0][:150]}; "
@@ -219,9 +227,9 @@ MAY_DIFFER = {"resume", "restart", "output_dir", "save_seconds", "files", "envir
 
 
 def digest(path):
-    """SHA-256 of the content of a file, or of the files in a folder, shortened."""
+    """SHA-256 of the content of a file, or of all files in a folder, shortened."""
     sha = hashlib.sha256()
-    for file in (path, *sorted(path.glob("*"))):
+    for file in (path, *sorted(path.rglob("*"))):
         if file.is_file() and file.stat().st_size:  # an empty file has no memory to map
             with file.open("rb") as stream:
                 sha.update(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
