@@ -131,22 +131,10 @@ def response_log_probs(model, input_ids, attention_mask, width, temperature=1.0,
     """Log-probs of the last `width` tokens of input_ids (B, Q+T): (B, T). Used for the policy that
     samples, the one being updated and the reference alike, so that their ratio starts at exactly 1.
     """
-    if k > 1:
-        inputs = pack(input_ids, attention_mask, width, k, model.dtype)
-    else:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask,
-                  "position_ids": get_position_ids(attention_mask)}
+    inputs = pack(input_ids, attention_mask, width, k, model.dtype)
     # positions Q-1 .. Q+kT-1 alone: no (B, Q+T, V) tensor is ever made
     logits = model(**inputs, logits_to_keep=k * width + 1, use_cache=False).logits
-    labels = input_ids[:, -width - 1 :]
-    if k == 1:
-        return get_log_probs(logits, labels, temperature)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    normalizer = unpack(logits.logsumexp(-1), width, k)[:, :-1]  # (B, T)
-    rows = torch.arange(len(labels), device=labels.device)[:, None]
-    # the place in its row of logits that predicts each token: the post's end, then one's own tokens
-    places = unpack(torch.arange(k * width + 1, device=labels.device)[None], width, k)[:, :-1]
-    return logits[rows // k, places[rows.squeeze(1) % k], labels[:, 1:]] - normalizer
+    return get_log_probs(unpack(logits, width, k), input_ids[:, -width - 1 :], temperature)
 
 
 # ---------------------------------------------------------------------------- k summaries of a post
@@ -159,7 +147,12 @@ def response_log_probs(model, input_ids, attention_mask, width, temperature=1.0,
 
 def pack(input_ids, attention_mask, width, k, dtype=torch.float32):
     """Rows [post | y] (B, Q+T), the k of a post one after the other -> what a model takes for the
-    rows [post | y_1 | ... | y_k] (B/k, Q+kT)."""
+    rows [post | y_1 | ... | y_k] (B/k, Q+kT). k = 1: the plain form."""
+    position_ids = get_position_ids(attention_mask)
+    if k == 1:
+        return {"input_ids": input_ids, "attention_mask": attention_mask,
+                "position_ids": position_ids}
+
     def side_by_side(x):
         return torch.cat([x[::k, :-width], x[:, -width:].reshape(len(x) // k, k * width)], 1)
 
@@ -172,7 +165,7 @@ def pack(input_ids, attention_mask, width, k, dtype=torch.float32):
     bias = torch.zeros(sees.shape, dtype=dtype, device=real.device)
     return {"input_ids": side_by_side(input_ids),
             "attention_mask": bias.masked_fill(~sees, torch.finfo(dtype).min)[:, None],
-            "position_ids": side_by_side(get_position_ids(attention_mask))}
+            "position_ids": side_by_side(position_ids)}
 
 
 def trim(input_ids, attention_mask, width):
@@ -185,6 +178,8 @@ def trim(input_ids, attention_mask, width):
 def unpack(x, width, k):
     """Last 1 + kT places of packed rows (B/k, 1 + kT, ...) -> (B, 1 + T, ...): the post's last
     place, which all k share, and the summary's own."""
+    if k == 1:
+        return x
     post, own = x[:, None, :1], x[:, 1:].unflatten(1, (k, width))  # own (B/k, k, T, ...)
     return torch.cat([post.expand(-1, k, *post.shape[2:]), own], 2).flatten(0, 1)
 

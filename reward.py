@@ -77,10 +77,8 @@ class RewardModel(nn.Module):
     def at_response(self, input_ids, attention_mask, width, k=1):
         """(B, Q+T) -> (B, 1+T): the scores at the post's end and at each token of the response;
         k > 1: the rows are k responses to each post, computed once (lm.pack)."""
-        if k == 1:
-            return self(input_ids, attention_mask)[:, -width - 1 :]
-        packed = pack(input_ids, attention_mask, width, k, self.trunk.dtype)
-        return unpack(self.scores_of(**packed)[:, -k * width - 1 :], width, k)
+        scores = self.scores_of(**pack(input_ids, attention_mask, width, k, self.trunk.dtype))
+        return unpack(scores[:, -k * width - 1 :], width, k)
 
     def score(self, input_ids, attention_mask, width=None, k=1):
         """(B, L), (B, L) -> (B,): the score at the last real token, the EOS of an ended summary."""
