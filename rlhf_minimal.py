@@ -395,7 +395,7 @@ def summarize(settings):
         tokenizer, model = load_language_model(folder / name)
         texts = write(model, [{"post": text.strip()}], tokenizer, settings)
         (reward,) = score(reward_model, [{"post": text.strip()}], texts, tokenizer, settings)
-        print(f"{name:>6} (reward {reward:+.2f}): {texts[0]}")
+        print(f"{name:>6} (reward {reward:+.2f}): {figures.one_line(texts[0])}")
 
 
 def main(arguments=None):
