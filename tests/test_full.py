@@ -205,12 +205,16 @@ def make_gptj(folder, dtype=torch.float32, shards=3, **config):
 
 def make_judge(folder, chat_template=CHATML):
     """As Qwen/Qwen2.5-3B-Instruct: bfloat16, two shards, sampling settings of its own."""
-    make_tokenizer(folder, chat_template, eos_token="<|im_end|>", pad_token="<|pad|>",
-                   additional="<|im_start|>")
+    tokenizer = make_tokenizer(folder, chat_template, eos_token="<|im_end|>", pad_token="<|pad|>",
+                               additional="<|im_start|>")
     torch.manual_seed(2)
     model = AutoModelForCausalLM.from_config(Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=64, tie_word_embeddings=True))
+        num_key_value_heads=1, intermediate_size=64, tie_word_embeddings=False))
+    with torch.no_grad():  # whatever it reads, it says an A or a B
+        model.get_input_embeddings().weight[:, 0] = 10
+        model.lm_head.weight *= 20
+        model.lm_head.weight[judge.answer_tokens(tokenizer).flatten(), 0] = 9
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="30KB")
     (folder / "generation_config.json").write_text(json.dumps(
         {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20,
@@ -560,6 +564,7 @@ def test_sampling_settings_of_a_judge_play_no_part(hub, tmp_path):
         judge.answer_probabilities = answer
     assert len(probabilities) == 6  # three judges, both orders
     assert all(torch.equal(probabilities[i], probabilities[i % 2]) for i in range(6))
+    assert (probabilities[0].sum(1) > 0.9).all() and probabilities[0].unique().numel() > 4
 
 
 @pytest.mark.parametrize("template, accepted", [(CHATML, True), (SWITCH, True), (THINKS, False)])
@@ -808,7 +813,7 @@ def test_no_source_file_allows_code_or_pickles():
 # ---------------------------------------------------------------------------- the whole of it
 
 
-def check_run(folder, hub, n_updates):
+def check_run(folder, hub, n_updates, shrunk=False):
     """Every file of a run, by what must be in it."""
     results = json.loads((folder / "results.json").read_text())
     assert results["preset"] == "full"
@@ -817,6 +822,7 @@ def check_run(folder, hub, n_updates):
                 "judge_agreement"):
         rate = results[key]
         assert rate["judge"] == name and rate["n"] + rate["abstentions"] == rate["total"] > 0, key
+        assert shrunk or rate["n"] == 10 and rate["low"] <= rate["win_rate"] <= rate["high"], key
     assert results["reward_accuracy_n"] == 10
     assert set(results["seconds"]) >= {"ppo", "judge", "total"} and "sft" not in results["seconds"]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -861,6 +867,8 @@ def test_the_full_path(hub, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "memory: about" in out and f"judge {hub / 'judge'}: agrees with" in out
     results, lines = check_run(tmp_path / "run", hub, 4)
+    for name in ("curves.png", "win_rates.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 1000
     assert any(line["stage"] == "reward" for line in lines) and "reward" in results["seconds"]
     last = [line for line in lines if line["stage"] == "ppo"][-1]
     assert abs(last["kl_per_summary"]) > 1e-6, "the adapters never moved"
@@ -909,13 +917,14 @@ def test_fast_dev_run_of_the_full_preset_trains_no_stage_that_is_given(hub, tmp_
     given.reference_mean.fill_(0.25)
     given.save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
+    monkeypatch.setattr(figures, "draw_run", lambda *_: [])  # two seconds
     monkeypatch.setattr(rlhf_minimal, "train_sft", no_network)
     monkeypatch.setattr(rlhf_minimal, "train_reward", no_network)
     monkeypatch.setattr(rlhf_minimal, "go_offline_unless_reachable", no_network)
     rlhf_minimal.main([*local(hub, tmp_path, reward_model=tmp_path / "rm"), "--fast_dev_run",
                        "--ppo_epochs", "1", "--best_of_n", "2", "--response_length", "6",
                        "--judge_every", "0"])
-    results, _ = check_run(tmp_path / "run", hub, 2)
+    results, _ = check_run(tmp_path / "run", hub, 2, shrunk=True)
     assert "reward" not in results["seconds"]
     saved = load_file(tmp_path / "run" / "reward_model" / "model.safetensors")
     assert all(torch.equal(saved[key], value) for key, value in given.state_dict().items())
