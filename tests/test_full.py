@@ -101,6 +101,7 @@ def test_ppo_with_adapters(name, checkpoint, tmp_path, monkeypatch):
     head = as_trained.head.state_dict()
     assert all(torch.equal(head[key], value) for key, value in reward_model.head.state_dict().items())
     assert not torch.equal(critic.head.weight, reward_model.head.weight)
+    assert not any(weight.requires_grad for weight in reward_model.head.parameters())
     frozen = {key.replace(".base_layer", ""): value
               for key, value in critic.trunk.get_base_model().state_dict().items()
               if "lora_" not in key}
@@ -326,9 +327,13 @@ def test_the_cache_is_used_where_the_config_says_no(hub):
     assert model.config.use_cache is False, "the trap is not built"
     widths = []
     model.base_model.wte.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
-    prefer(model, 9)
-    lm.sample_responses(model, tokenizer, [[5, 6, 7]], 4, 0)
+    (found,) = lm.sample_responses(model, tokenizer, [[5, 6, 7]], 4, 0)
     assert widths == [3, 1, 1, 1]
+    ids = [5, 6, 7]
+    for _ in range(4):  # greedy, without a cache
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert found == ids[3:] and 0 not in found
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -567,7 +572,13 @@ def test_sampling_settings_of_a_judge_play_no_part(hub, tmp_path):
     assert (probabilities[0].sum(1) > 0.9).all() and probabilities[0].unique().numel() > 4
 
 
-@pytest.mark.parametrize("template, accepted", [(CHATML, True), (SWITCH, True), (THINKS, False)])
+# As templates that think unless they are told not to
+BY_DEFAULT = CHATML + ("{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>"
+                       "</think>' }}{%- else %}{{- '<think>' }}{%- endif %}")
+
+
+@pytest.mark.parametrize("template, accepted", [(CHATML, True), (SWITCH, True), (BY_DEFAULT, True),
+                                                (THINKS, False)])
 def test_judges_that_think(template, accepted, hub, tmp_path):
     folder = Path(shutil.copytree(hub / "judge", tmp_path / "judge"))
     (folder / "chat_template.jinja").write_text(template)
