@@ -261,8 +261,8 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
         own = from_hub(AutoTokenizer.from_pretrained, settings.reward_model,
                        trust_remote_code=False)
         if own.get_vocab() != tokenizer.get_vocab():
-            raise SettingError(f"--reward_model {settings.reward_model}: it was trained with another"
-                               " tokenizer than that of the SFT model; pass one that fits it")
+            raise SettingError(f"--reward_model {settings.reward_model}: it was trained with "
+                               "another tokenizer than that of the SFT model; pass one that fits it")
         reward_model = given.to(sft.device)
         reward_model.trunk.to(sft.dtype)
     else:
@@ -299,8 +299,8 @@ def load_given(settings, device, score):
         try:
             reward_model = from_hub(RewardModel.from_pretrained, settings.reward_model)
         except SettingError as error:
-            raise SettingError(f"--reward_model {error} (expected the reward_model/ folder of a run,"
-                               " or the hub id of one)") from None
+            raise SettingError(f"--reward_model {error} (expected the reward_model/ folder of a "
+                               "run, or the hub id of one)") from None
     if settings.sft_model and not small:
         configs = [from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
                    for name in (settings.sft_model, judge) if "/" in name]
