@@ -262,7 +262,7 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
                        trust_remote_code=False)
         if own.get_vocab() != tokenizer.get_vocab():
             raise SettingError(f"--reward_model {settings.reward_model}: it was trained with "
-                               "another tokenizer than that of the SFT model; pass one that fits it")
+                               "another tokenizer than the SFT model; pass one that fits")
         reward_model = given.to(sft.device)
         reward_model.trunk.to(sft.dtype)
     else:
