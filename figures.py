@@ -267,8 +267,8 @@ def agreement(results):
     the labelers did, with 95 % intervals."""
     rate, n = results["judge_agreement"], results["reward_accuracy_n"]
     rows = [(f"the judge {rate['judge']}", rate["win_rate"], rate["n"])]
-    rows += [(name, results[key], n) for name, key in (
-        ("the reward model", "reward_accuracy"), ("pick-the-longer", "reward_accuracy_longest_wins"))]
+    rows += [("the reward model", results["reward_accuracy"], n),
+             ("pick-the-longer", results["reward_accuracy_longest_wins"], n)]
     return "; ".join("{} {:.3f} ({:.3f} - {:.3f}, n = {})".format(
         name, share, *wilson_interval(share, count), count) for name, share, count in rows)
 

@@ -264,8 +264,8 @@ def shrink(config):
 
 
 def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None, small=False):
-    """Tokenizer and model of a local folder or hub id, in eval mode. Code that comes with a model is
-    refused: left to its default, transformers asks the user whether to run it."""
+    """Tokenizer and model of a local folder or hub id, in eval mode. Code that comes with a model
+    is refused: left to its default, transformers asks the user whether to run it."""
     tokenizer_name = tokenizer or name
     tokenizer = from_hub(AutoTokenizer.from_pretrained, tokenizer_name, trust_remote_code=False)
     if not tokenizer("a", add_special_tokens=False)["input_ids"] or tokenizer.eos_token is None:

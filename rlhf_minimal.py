@@ -262,8 +262,8 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
         own = from_hub(AutoTokenizer.from_pretrained, settings.reward_model,
                        trust_remote_code=False)
         if own.get_vocab() != tokenizer.get_vocab():
-            raise SettingError(f"--reward_model {settings.reward_model}: it was trained with another"
-                               " tokenizer than that of the SFT model; pass one that fits it")
+            raise SettingError(f"--reward_model {settings.reward_model}: it was trained with "
+                               "another tokenizer than the SFT model; pass one that fits")
         reward_model = given.to(sft.device)
         reward_model.trunk.to(sft.dtype)
     else:
@@ -300,8 +300,8 @@ def load_given(settings, device, score):
         try:
             reward_model = from_hub(RewardModel.from_pretrained, settings.reward_model)
         except SettingError as error:
-            raise SettingError(f"--reward_model {error} (expected the reward_model/ folder of a run,"
-                               " or the hub id of one)") from None
+            raise SettingError(f"--reward_model {error} (expected the reward_model/ folder of a "
+                               "run, or the hub id of one)") from None
     if settings.sft_model and not small:
         configs = [from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
                    for name in (settings.sft_model, judge) if "/" in name]
@@ -401,7 +401,7 @@ def summarize(settings):
         tokenizer, model = load_language_model(folder / name)
         texts = write(model, [{"post": text.strip()}], tokenizer, settings)
         (reward,) = score(reward_model, [{"post": text.strip()}], texts, tokenizer, settings)
-        print(f"{name:>6} (reward {reward:+.2f}): {texts[0]}")
+        print(f"{name:>6} (reward {reward:+.2f}): {figures.one_line(texts[0])}")
 
 
 def main(arguments=None):

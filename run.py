@@ -115,7 +115,8 @@ FAULTS = (  # what an error says: what to do about it; the first three may meet 
     ("npickl|SafetensorError|header|RemoteProtocol|ArrowInvalid|Parquet|Consistency|EOFError",
      "its download is damaged or was cut short: delete {cache} and try again"),
     ("does not appear to have|no file named|Unrecognized model|EntryNotFound",
-     "the repository lacks that file: pass another one, or a local folder that has it"),
+     "the repository, or half a download of it, lacks that file: try again with a network, or pass "
+     "another one, or a local folder that has it"),
     ("connect|reach|offline|timed out|Timeout|resolve|outgoing|Cannot find|LocalEntry",
      "the hub can't be reached and the cache hasn't got it: check the network, or pass a local "
      "folder or file"),
@@ -132,8 +133,9 @@ def from_hub(load, name, *path, **settings):
         while error:  # what it says, and what caused it: `datasets` hides that a disk is full
             texts.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
             error = error.__cause__
-        faults, other = ((FAULTS[:3], "check that file") if Path(name).exists() else (
-            FAULTS, "check the name; if it is right, delete {cache} and try again"))
+        hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)) and not Path(name).exists()
+        faults, other = ((FAULTS, "check the name; if it is right, delete {cache} and try again")
+                         if hub else (FAULTS[:3], "check that file or folder"))
         text, advice = next(((text, do) for text in texts for sign, do in faults
                              if re.search(sign, text.replace(str(name), ""))), (texts[0], other))
         cache = f"{HF_HUB_CACHE}/*--{str(name).replace('/', '--')}"

@@ -8,13 +8,16 @@ import copy
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_judge import CHATML, SWITCH, THINKS
 from test_sharing import ARCHITECTURES
@@ -98,6 +101,7 @@ def test_ppo_with_adapters(name, checkpoint, tmp_path, monkeypatch):
     head = as_trained.head.state_dict()
     assert all(torch.equal(head[key], value) for key, value in reward_model.head.state_dict().items())
     assert not torch.equal(critic.head.weight, reward_model.head.weight)
+    assert not any(weight.requires_grad for weight in reward_model.head.parameters())
     frozen = {key.replace(".base_layer", ""): value
               for key, value in critic.trunk.get_base_model().state_dict().items()
               if "lora_" not in key}
@@ -141,7 +145,7 @@ def test_checkpointed_activations_change_no_value_and_no_gradient(name, lora_ran
             lm.checkpoint_activations(model)
         runs = []
         layers = [m for m in model.modules() if isinstance(m, lm.GradientCheckpointingLayer)]
-        next(layers[0].children()).register_forward_hook(lambda *_: runs.append(torch.is_grad_enabled()))
+        next(layers[0].children()).register_forward_hook(lambda *_: runs.append(layers[0].training))
         before = lm.sample(model, ids[:, :width], mask[:, :width], 3, eos_token_id=9, pad_token_id=9,
                            temperature=0)
         n_sampling = len(runs)
@@ -150,6 +154,7 @@ def test_checkpointed_activations_change_no_value_and_no_gradient(name, lora_ran
         n_forward = len(runs)
         loss.backward()
         assert n_sampling == before.shape[1] and n_forward == n_sampling + 1
+        assert not any(runs[:n_sampling]), "sampling would lose its cache"
         assert len(runs) - n_forward == checkpoint, "computed again in the backward pass, or not"
         found.append((before, loss, torch.cat([p.grad.flatten() for p in lm.trainable(network)])))
     (samples, loss, gradient), (samples2, loss2, gradient2) = found
@@ -202,12 +207,16 @@ def make_gptj(folder, dtype=torch.float32, shards=3, **config):
 
 def make_judge(folder, chat_template=CHATML):
     """As Qwen/Qwen2.5-3B-Instruct: bfloat16, two shards, sampling settings of its own."""
-    make_tokenizer(folder, chat_template, eos_token="<|im_end|>", pad_token="<|pad|>",
-                   additional="<|im_start|>")
+    tokenizer = make_tokenizer(folder, chat_template, eos_token="<|im_end|>", pad_token="<|pad|>",
+                               additional="<|im_start|>")
     torch.manual_seed(2)
     model = AutoModelForCausalLM.from_config(Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, intermediate_size=64, tie_word_embeddings=True))
+        num_key_value_heads=1, intermediate_size=64, tie_word_embeddings=False))
+    with torch.no_grad():  # whatever it reads, it says an A or a B
+        model.get_input_embeddings().weight[:, 0] = 10
+        model.lm_head.weight *= 20
+        model.lm_head.weight[judge.answer_tokens(tokenizer).flatten(), 0] = 9
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="30KB")
     (folder / "generation_config.json").write_text(json.dumps(
         {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20,
@@ -319,9 +328,17 @@ def test_the_cache_is_used_where_the_config_says_no(hub):
     assert model.config.use_cache is False, "the trap is not built"
     widths = []
     model.base_model.wte.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
-    prefer(model, 9)
-    lm.sample_responses(model, tokenizer, [[5, 6, 7]], 4, 0)
-    assert widths == [3, 1, 1, 1]
+    model.register_forward_pre_hook(lambda _, __, kwargs: asked.append(
+        (kwargs["use_cache"], kwargs[lm.CACHE].get_seq_length()) if kwargs else None),
+        with_kwargs=True)
+    asked = []
+    (found,) = lm.sample_responses(model, tokenizer, [[5, 6, 7]], 4, 0)
+    assert widths == [3, 1, 1, 1] and asked == [(True, 0), (True, 3), (True, 4), (True, 5)]
+    ids = [5, 6, 7]
+    for _ in range(4):  # greedy, without a cache
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+    assert found == ids[3:] and 0 not in found
 
 
 @pytest.mark.parametrize("small", [False, True])
@@ -368,6 +385,15 @@ def test_the_full_preset_names_what_exists():
     assert (full.posts, full.comparisons) == (
         "vwxyzjn/summarize_from_feedback_tldr_3_filtered", "openai/summarize_from_feedback")
     assert rlhf_minimal.parse_settings(["--preset", "full", "--lora_rank", "0"]).lora_rank == 0
+
+
+@pytest.mark.parametrize("given, tokenizer, newlines", [
+    (["CarperAI/openai_summarize_tldr_sft"], "EleutherAI/gpt-j-6B", 1),
+    (["me/mine"], None, 2),  # GPT-J's tokenizer would fit Qwen's 152 k rows, and mean other words
+    (["me/mine", "--tokenizer", "me/yours", "--prompt_newlines", "1"], "me/yours", 1)])
+def test_tokenizer_and_prompt_of_the_preset_are_its_own_models(given, tokenizer, newlines):
+    full = rlhf_minimal.parse_settings(["--preset", "full", "--sft_model", *given])
+    assert (full.tokenizer, full.prompt_newlines) == (tokenizer, newlines)
 
 
 # ---------------------------------------------------------------------------- data of the hub
@@ -489,3 +515,478 @@ def test_no_post_on_both_sides(local, served, hub, capsys):
     assert [len(rows) for rows in (posts, held_out, pairs, pairs_held_out)] == [31, 10, 27, 10]
     assert ("left out as their post is held out: 2 posts, 1 comparisons"
             in capsys.readouterr().out)
+
+
+# ---------------------------------------------------------------------------- the reward model
+
+
+@every_architecture
+def test_a_reward_model_with_merged_adapters(name, hub, tmp_path):
+    """Trained with adapters: merged, normalised, and saved with its reference_mean."""
+    tokenizer = AutoTokenizer.from_pretrained(hub / "gpt-j-6B", pad_token="<|endoftext|>")
+    config = copy.deepcopy(ARCHITECTURES[name])
+    config.vocab_size, config.max_position_embeddings = VOCABULARY, 256
+    torch.manual_seed(3)
+    sft = AutoModelForCausalLM.from_config(config).eval()
+    before = copies(sft)
+    some = settings(lora_rank=2, checkpoint_activations=True, reward_lr=1e-2, reward_batch_size=4,
+                    reward_model=None)
+    posts = [{"post": post_of(i), "summary": "dog " * i} for i in range(1, 6)]
+    pairs = [([5, 6, 7], [8, i + 9, 0], [7, 0]) for i in range(16)]
+    trained = rlhf_minimal.make_reward_model(new_run(tmp_path / "run"), some, posts, pairs, tokenizer,
+                                             sft, None)
+    assert all(torch.equal(before[key], value) for key, value in sft.state_dict().items())
+    assert trained.trunk.state_dict().keys() == sft.base_model.state_dict().keys(), "not merged"
+    assert any(not torch.equal(trained.trunk.state_dict()[key], value)
+               for key, value in sft.base_model.state_dict().items()), "the adapters learned nothing"
+    sides = [torch.tensor([[*query, *summary] for query, *both in pairs for summary in both[side:][:1]])
+             for side in (0, 1)]
+    with torch.no_grad():
+        chosen, rejected = (trained.score(ids, torch.ones_like(ids)) for ids in sides)
+    assert (chosen > rejected).all()
+    rewards = rlhf_minimal.score(trained, posts, [post["summary"] for post in posts], tokenizer, some)
+    assert abs(sum(rewards) / 5) < 1e-5 < abs(trained.reference_mean)
+    loaded = RewardModel.from_pretrained(tmp_path / "run" / "reward_model")
+    with torch.no_grad():
+        assert torch.equal(loaded.score(sides[0], torch.ones_like(sides[0])), chosen)
+    assert loaded.reference_mean == trained.reference_mean
+
+
+# ---------------------------------------------------------------------------- the judge
+
+
+def test_sampling_settings_of_a_judge_play_no_part(hub, tmp_path):
+    plain = Path(shutil.copytree(hub / "judge", tmp_path / "judge"))
+    (plain / "generation_config.json").unlink()
+    posts = [{"subreddit": "pets", "title": "Rex", "post": post_of(i)} for i in range(4)]
+    ours, theirs = [f"dog {i}" for i in range(4)], ["cat"] * 4
+    probabilities = []
+
+    def spy(*inputs):
+        probabilities.append(answer(*inputs))
+        return probabilities[-1]
+
+    answer, judge.answer_probabilities = judge.answer_probabilities, spy
+    try:
+        for folder in (hub / "judge", plain, hub / "judge"):
+            judge.judge_pairwise(judge.load_judge(str(folder)), posts, ours, theirs)
+    finally:
+        judge.answer_probabilities = answer
+    assert len(probabilities) == 6  # three judges, both orders
+    assert all(torch.equal(probabilities[i], probabilities[i % 2]) for i in range(6))
+    assert (probabilities[0].sum(1) > 0.9).all() and probabilities[0].unique().numel() > 4
+
+
+# As templates that think unless they are told not to
+BY_DEFAULT = CHATML + ("{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>"
+                       "</think>' }}{%- else %}{{- '<think>' }}{%- endif %}")
+
+
+@pytest.mark.parametrize("template, accepted", [(CHATML, True), (SWITCH, True), (BY_DEFAULT, True),
+                                                (THINKS, False)])
+def test_judges_that_think(template, accepted, hub, tmp_path):
+    folder = Path(shutil.copytree(hub / "judge", tmp_path / "judge"))
+    (folder / "chat_template.jinja").write_text(template)
+    arguments = ["--preset", "full", "--judge", str(folder), "--sft_model", "./nowhere",
+                 "--fast_dev_run", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main(arguments)
+    # the judge is read before the SFT model: where it is accepted, that one is what is missing
+    said = "./nowhere" if accepted else (f"--judge {folder}: this judge thinks before it answers: "
+                                         "choose one that answers at once")
+    assert said in stop.value.code and "\n" not in stop.value.code
+
+
+def test_judge_the_judge(tmp_path):
+    rows = [{"post": {"post": "p"}, "chosen": chosen, "rejected": rejected} for chosen, rejected in (
+        ("a longer one", "short"), ("longer", "ok"), ("short", "a longer one"), ("same", "size"))]
+    longest = judge.load_judge("longest")
+    found = figures.judge_the_judge(new_run(tmp_path / "run"), lambda *sides: figures.judged(
+        None, longest, "longest", *sides), rows)["judge_agreement"]
+    assert (found["win_rate"], found["n"], found["judge"]) == (0.625, 4, "longest")  # 2 + 1/2 of 4
+
+
+def test_the_report_says_what_its_judge_is_worth():
+    line = figures.agreement({
+        "judge_agreement": {"judge": "me/judge", "win_rate": 60 / 90, "n": 90},
+        "reward_accuracy": 0.5, "reward_accuracy_longest_wins": 1.0, "reward_accuracy_n": 100})
+    # Wilson at 1 of 1: n / (n + z^2); at one half: 1/2 +- 1/2 / sqrt(1 + n / z^2)
+    assert line == ("the judge me/judge 0.667 (0.564 - 0.755, n = 90); "
+                    "the reward model 0.500 (0.404 - 0.596, n = 100); "
+                    "pick-the-longer 1.000 (0.963 - 1.000, n = 100)")
+
+
+# ---------------------------------------------------------------------------- hub failures
+
+
+class RemoteProtocolError(Exception):
+    """As httpx, which huggingface_hub downloads with, calls it."""
+
+
+def caused(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+CUT = "its download is damaged or was cut short: delete "
+# What the libraries raise, word for word where it matters; {id} stands for the repository
+FAULTS = {
+    "no network": (OSError(
+        "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in"
+        " the cached files.\nCheck your internet connection or see how to run the library in offline "
+        "mode at 'https://huggingface.co/docs/transformers/installation#offline-mode'."),
+        "check the network, or pass a local folder"),
+    "gated": (OSError(
+        "You are trying to access a gated repo.\nMake sure to have access to it at "
+        "https://huggingface.co/{id}.\n401 Client Error. (Request ID: Root=1-404)"),
+        "accept its licence on https://huggingface.co/{id} and log in: hf auth login"),
+    "missing": (OSError(
+        "{id} is not a local folder and is not a valid model identifier listed on 'https://"
+        "huggingface.co/models'\nIf this is a private repository, make sure to pass a token"),
+        "no such repository, or a private one: check the id, or log in"),
+    "cut": (RemoteProtocolError("peer closed connection without sending complete message body "
+                                "(received 404 bytes, expected 9940000000)"), CUT),
+    "size": (OSError("Consistency check failed: file should be of size 404 but has size 401"),
+             CUT),
+    "corrupt pickle": (UnpicklingError(
+        "Weights only load failed. In PyTorch 2.6, we changed the default value of the `weights_only`"
+        " argument in `torch.load` from `False` to `True`. Re-running `torch.load` with "
+        "`weights_only` set to `False` will likely succeed"), CUT),
+    "corrupt pickle, too": (RuntimeError("mmap can only be used with files saved with `torch.save("
+                                         "x, _use_new_zipfile_serialization=True)"), "delete "),
+    "corrupt safetensors": (SafetensorError(
+        "Error while deserializing header: header too large"), CUT),
+    "disk full": (OSError(28, "No space left on device"), "set HF_HOME to a folder on a larger disk"),
+    "disk full, data": (caused(datasets.exceptions.DatasetGenerationError(
+        "An error occurred while generating the dataset"), OSError(28, "No space left on device")),
+        "set HF_HOME to a folder on a larger disk"),
+    "disk too small, data": (OSError("Not enough disk space. Needed: 40 MiB (download: 20 MiB)"),
+                             "set HF_HOME"),
+    "corrupt parquet": (caused(datasets.exceptions.DatasetGenerationError(
+        "An error occurred while generating the dataset"),
+        ValueError("Parquet magic bytes not found in footer")), CUT),
+    "missing shard": (OSError(
+        "{id} does not appear to have a file named pytorch_model-00002-of-00003.bin. Checkout "
+        "'https://huggingface.co/{id}/tree/main' for available files."),
+        "lacks that file: try again with a network, or pass another one"),
+    "no config": (ValueError("Unrecognized model in {id}. Should have a `model_type` key"),
+                  "lacks that file"),
+    "own code": (ValueError(
+        "The repository {id} contains custom code which must be executed to correctly load the model."
+        " Please pass the argument `trust_remote_code=True` to allow custom code to be run."),
+        "code of its own, which is never run here"),
+}
+LOADS = {"CarperAI/openai_summarize_tldr_sft": (AutoModelForCausalLM, "from_pretrained"),
+         "EleutherAI/gpt-j-6B": (AutoTokenizer, "from_pretrained"),
+         "Qwen/Qwen2.5-3B-Instruct": (AutoModelForCausalLM, "from_pretrained"),
+         OPENAI: (datasets, "load_dataset"), VWXYZJN: (datasets, "load_dataset"),
+         "me/my-reward-model": (rlhf_minimal, "snapshot_download")}
+FLAGS = ["sft_model", "tokenizer", "judge", "comparisons", "posts", "reward_model"]
+
+
+def local(hub, folder, **changes):
+    """The command line of a full run on those folders."""
+    names = {"sft_model": hub / "sft", "tokenizer": hub / "gpt-j-6B", "judge": hub / "judge",
+             "comparisons": hub / OPENAI.split("/")[1] / "comparisons",
+             "posts": hub / VWXYZJN.split("/")[1], "output_dir": folder / "run", **changes}
+    return ["--preset", "full", "--query_length", "150", *(
+        text for name, value in names.items() for text in (f"--{name}", str(value)))]
+
+
+@pytest.mark.parametrize("flag, name, fault", [
+    (flag, name, fault) for flag, name in zip(FLAGS, LOADS) for fault in FAULTS
+    if flag == "sft_model" or fault in ("gated", "disk full, data")])
+def test_a_fault_of_the_hub_is_one_line(flag, name, fault, hub, tmp_path, monkeypatch):
+    """Each fault of each id of the full preset, all else being there."""
+    error, advice = FAULTS[fault]
+    texts = [text.replace("{id}", name) if isinstance(text, str) else text for text in error.args]
+    error = caused(type(error)(*texts), error.__cause__)
+
+    def fails(path, *rest, **form):
+        if path == name:
+            raise error
+        return real(path, *rest, **form)
+
+    where, function = LOADS[name]
+    if flag in ("sft_model", "judge"):  # its config and tokenizer have come
+        for auto, folder in ((lm.AutoTokenizer, hub / "judge"),
+                             (rlhf_minimal.AutoConfig, hub / "sft")):
+            found = auto.from_pretrained
+            monkeypatch.setattr(auto, "from_pretrained", lambda path, found=found, folder=folder, **form:
+                                found(folder if path == name else path, **form))
+    real = getattr(where, function)
+    monkeypatch.setattr(where, function, fails)
+    monkeypatch.setattr(rlhf_minimal, "go_offline_unless_reachable", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main(local(hub, tmp_path, **{flag: name}))
+    line = stop.value.code
+    assert isinstance(line, str) and line.isprintable() and len(line) < 500, line
+    assert name in line and advice.replace("{id}", name) in line, line
+    if advice.endswith("delete "):
+        assert f"delete {run.HF_HUB_CACHE}/*--{name.replace('/', '--')} and try again" in line
+    assert not re.search("weights_only|trust_remote_code|from_tf", line), line
+    assert not (tmp_path / "run").exists(), "before any work"
+
+
+@pytest.fixture
+def cached(hub, tmp_path, monkeypatch):
+    """A cache of the hub that holds me/sft, as a download leaves it, and no network."""
+    folder = tmp_path / "cache"
+    for place in (huggingface_hub.constants, run):
+        monkeypatch.setattr(place, "HF_HUB_CACHE", str(folder))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (folder / "models--me--sft" / "refs").mkdir(parents=True)
+    (folder / "models--me--sft" / "refs" / "main").write_text("5284f23")
+    return Path(shutil.copytree(hub / "sft", folder / "models--me--sft" / "snapshots" / "5284f23"))
+
+
+def load_from_hub(hub, name="me/sft", **settings):
+    return lm.load_language_model(name, tokenizer=str(hub / "gpt-j-6B"), **settings)
+
+
+def test_a_model_in_the_cache_needs_no_network(hub, cached):
+    assert load_from_hub(hub)[1].num_parameters() > 0
+
+
+SHARD = "pytorch_model-00002-of-00003.bin"
+
+
+def spoil(change):
+    def at(folder):
+        (folder / SHARD).write_bytes(change((folder / SHARD).read_bytes()))
+    return at
+
+
+@pytest.mark.parametrize("damage, advice", [
+    (lambda folder: (folder / SHARD).unlink(), "half a download of it, lacks that file: try again"),
+    (lambda folder: (folder / "config.json").unlink(), "hub can't be reached and the cache hasn't"),
+    (spoil(lambda old: old[: len(old) // 2]), "delete {cache}/*--me--sft and try again"),
+    (spoil(lambda old: b"\xff" * 8 + old[8:]), "delete {cache}/*--me--sft and try again"),
+    (spoil(lambda old: old[:200] + bytes(255 - x for x in old[200:400]) + old[400:]),
+     "delete {cache}/*--me--sft and try again"),
+    (spoil(lambda old: b""), "delete {cache}/*--me--sft and try again"),
+    (lambda folder: torch.save({"x": lm.SFTConfig()}, folder / SHARD),  # an object: code, perhaps
+     "delete {cache}/*--me--sft and try again"),
+    (lambda folder: (folder / "config.json").write_text("<html>log in to this network"),
+     "delete {cache}/*--me--sft and try again"),
+], ids=["shard", "config", "cut", "head", "middle", "empty", "pickle", "portal"])
+def test_a_damaged_cache_as_the_libraries_tell_it(damage, advice, hub, cached):
+    damage(cached)
+    with pytest.raises(run.SettingError) as stop:
+        load_from_hub(hub)
+    line = str(stop.value)
+    assert line.startswith("me/sft: not readable, ") and line.isprintable(), line
+    assert advice.replace("{cache}", run.HF_HUB_CACHE) in line, line
+    assert not re.search("weights_only|trust_remote_code|from_tf", line), line
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_the_hub_is_asked_once(reachable, monkeypatch):
+    def urlopen(url, timeout):
+        calls.append(timeout)
+        raise (run.urllib.error.HTTPError(url, 429, "slow down", {}, None) if reachable
+               else TimeoutError("timed out"))
+
+    calls = []
+    for place in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(run.urllib.request, "urlopen", urlopen)
+    run.go_offline_unless_reachable()
+    assert calls == [10]
+    offline = not reachable
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is offline is datasets.config.HF_HUB_OFFLINE
+    assert huggingface_hub.is_offline_mode() is offline
+
+
+# ---------------------------------------------------------------------------- code from the hub
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("small", [False, True])
+def test_code_that_comes_with_a_model_is_never_run(file, small, hub, tmp_path, monkeypatch):
+    """Left to itself, transformers asks whether to run it; here someone always says yes."""
+    folder = Path(shutil.copytree(hub / "sft", tmp_path / "sft"))
+    shutil.copytree(hub / "gpt-j-6B", folder, dirs_exist_ok=True)
+    known = json.loads((folder / file).read_text())
+    mine = {"auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.Mine",
+                         "AutoTokenizer": ["mine.Mine", None]},
+            "model_type": "mine", "tokenizer_class": "Mine"}
+    (folder / file).write_text(json.dumps({**known, **mine}))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'has run')!r}, 'w')\nMine = None\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
+    with (pytest.raises(run.SettingError, match="code of its own, which is never run here")
+          if file == "config.json" else nullcontext()):  # the tokenizer is there without its code
+        lm.load_language_model(str(folder), small=small)
+    assert not asked and not (tmp_path / "has run").exists()
+
+
+def test_no_source_file_allows_code_or_pickles():
+    for path in Path(rlhf_minimal.__file__).parent.glob("*.py"):
+        assert not re.search(r"trust_remote_code\s*=\s*True|weights_only\s*=\s*False|pickle\.load",
+                             path.read_text(encoding="utf-8")), path
+
+
+# ---------------------------------------------------------------------------- the whole of it
+
+
+def check_run(folder, hub, n_updates, shrunk=False):
+    """Every file of a run, by what must be in it."""
+    results = json.loads((folder / "results.json").read_text())
+    assert results["preset"] == "full"
+    name = str(hub / "judge")
+    for key in ("sft_vs_reference", "ppo_vs_reference", "ppo_vs_sft", "best_of_n_vs_reference",
+                "judge_agreement"):
+        rate = results[key]
+        assert rate["judge"] == name and rate["n"] + rate["abstentions"] == rate["total"] > 0, key
+        assert shrunk or rate["n"] == 10 and rate["low"] <= rate["win_rate"] <= rate["high"], key
+    assert results["reward_accuracy_n"] == 10
+    assert set(results["seconds"]) >= {"ppo", "judge", "total"} and "sft" not in results["seconds"]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    ppo_lines = [line for line in lines if line["stage"] == "ppo"]
+    assert [line["step"] for line in ppo_lines] == list(range(n_updates))
+    # before the first update a summary's KL is 0; once adapters learn, it isn't
+    assert abs(ppo_lines[0]["kl_per_summary"]) < 1e-4
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [row["post"]["title"] for row in samples] == [f"TIFU H{i}" for i in range(10)]
+    report = (folder / "report.md").read_text()
+    assert report.index("Agreement with the labels of held-out") < report.index("| win rate |")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["lora_rank"] == 16 and config["judge"] == name
+    for part in ("sft", "policy"):
+        model = AutoModelForCausalLM.from_pretrained(folder / part)
+        assert type(model).__name__ == "GPTJForCausalLM"
+        tokenizer = AutoTokenizer.from_pretrained(folder / part)
+        assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+        assert not any("lora" in key for key in load_file(folder / part / "model.safetensors"))
+    weights = [load_file(folder / part / "model.safetensors") for part in ("sft", "policy")]
+    assert weights[0].keys() == weights[1].keys()
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    for part in ("reward_model", "critic"):
+        assert not RewardModel.from_pretrained(folder / part).training
+        assert AutoTokenizer.from_pretrained(folder / part).eos_token_id == 0
+    assert not (folder / "checkpoints").exists()
+    return results, lines
+
+
+def no_network(*_, **__):
+    raise AssertionError("asked for the network")
+
+
+@pytest.mark.slow
+def test_the_full_path(hub, tmp_path, monkeypatch, capsys):
+    """The full preset on the real layouts: GPT-J without its tokenizer, adapters, a chat judge."""
+    monkeypatch.setattr(rlhf_minimal, "go_offline_unless_reachable", no_network)
+    arguments = [*local(hub, tmp_path, prompt_newlines=1), "--ppo_episodes", "64", "--ppo_batch_size",
+                 "16", "--reward_batch_size", "4", "--response_length", "12", "--best_of_n", "2",
+                 "--judge_every", "2", "--reward_lr", "1e-3", "--ppo_lr", "1e-3"]
+    rlhf_minimal.main(arguments)
+    out = capsys.readouterr().out
+    assert "memory: about" in out and f"judge {hub / 'judge'}: agrees with" in out
+    results, lines = check_run(tmp_path / "run", hub, 4)
+    for name in ("curves.png", "win_rates.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 1000
+    assert any(line["stage"] == "reward" for line in lines) and "reward" in results["seconds"]
+    last = [line for line in lines if line["stage"] == "ppo"][-1]
+    assert abs(last["kl_per_summary"]) > 1e-6, "the adapters never moved"
+    # the SFT model is the given one, to the last bit
+    given = AutoModelForCausalLM.from_pretrained(hub / "sft").state_dict()
+    saved = load_file(tmp_path / "run" / "sft" / "model.safetensors")
+    assert all(torch.equal(given[key], value) for key, value in saved.items())
+    # and a post can be tried on it
+    (tmp_path / "post.txt").write_text("My dog Rex ate it.")
+    rlhf_minimal.main(["--summarize", str(tmp_path / "post.txt"), "--output_dir",
+                       str(tmp_path / "run")])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["sft", "policy"]
+
+
+@pytest.mark.slow
+def test_a_stopped_run_with_adapters_goes_on(hub, tmp_path, monkeypatch):
+    """Stopped in PPO and resumed: the same metrics and weights as one that never was."""
+    few = ["--ppo_episodes", "48", "--ppo_batch_size", "16", "--reward_batch_size", "4",
+           "--response_length", "8", "--best_of_n", "2", "--judge_every", "0", "--ppo_lr", "1e-3"]
+
+    def log(self, stage, step, **metrics):
+        real(self, stage, step, **metrics)
+        if stage == "ppo" and step == 1:
+            self.stopping = True
+
+    arguments = [*local(hub, tmp_path), *few]
+    real = run.Run.log
+    rlhf_minimal.main(arguments)
+    monkeypatch.setattr(run.Run, "log", log)
+    other = [*local(hub, tmp_path, output_dir=tmp_path / "other"), *few]
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main(other)
+    assert stop.value.code == 130
+    monkeypatch.setattr(run.Run, "log", real)
+    rlhf_minimal.main([*other, "--resume"])
+    for name in ("metrics.jsonl", "samples.jsonl", "policy/model.safetensors",
+                 "critic/model.safetensors", "reward_model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
+
+
+def test_fast_dev_run_of_the_full_preset_trains_no_stage_that_is_given(hub, tmp_path, monkeypatch,
+                                                                      capsys):
+    """Every model and file a local one, the reward model too."""
+    tokenizer, model = lm.load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
+    given = RewardModel(model)
+    given.reference_mean.fill_(0.25)
+    given.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    monkeypatch.setattr(figures, "draw_run", lambda *_: [])  # two seconds
+    monkeypatch.setattr(rlhf_minimal, "train_sft", no_network)
+    monkeypatch.setattr(rlhf_minimal, "train_reward", no_network)
+    monkeypatch.setattr(rlhf_minimal, "go_offline_unless_reachable", no_network)
+    rlhf_minimal.main([*local(hub, tmp_path, reward_model=tmp_path / "rm"), "--fast_dev_run",
+                       "--ppo_epochs", "1", "--best_of_n", "2", "--response_length", "6",
+                       "--judge_every", "0"])
+    results, _ = check_run(tmp_path / "run", hub, 2, shrunk=True)
+    assert "reward" not in results["seconds"]
+    saved = load_file(tmp_path / "run" / "reward_model" / "model.safetensors")
+    assert all(torch.equal(saved[key], value) for key, value in given.state_dict().items())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy").config.n_embd == 64
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ("a language model", "expected the reward_model/ folder of a run"),
+    ("another tokenizer", "was trained with another tokenizer"),
+    ("cut", "check that file or folder"), ("missing", "check that file or folder")])
+def test_a_reward_model_that_is_none(wrong, message, hub, tmp_path, monkeypatch):
+    folder = tmp_path / "rm"
+    tokenizer, model = lm.load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
+    if wrong != "missing":
+        (model if wrong == "a language model" else RewardModel(model)).save_pretrained(
+            folder.mkdir() or folder)
+        AutoTokenizer.from_pretrained(hub / ("judge" if wrong == "another tokenizer"
+                                             else "gpt-j-6B")).save_pretrained(folder)
+    if wrong == "cut":
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    monkeypatch.setattr(rlhf_minimal, "train_ppo", no_network)
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main([*local(hub, tmp_path, reward_model=folder), "--fast_dev_run"])
+    line = stop.value.code
+    assert line.startswith(f"rlhf_minimal: --reward_model {folder}: ") and message in line, line
+    assert "\n" not in line
+
+
+def test_a_changed_row_of_a_folder_is_noticed(hub, tmp_path):
+    data = Path(shutil.copytree(hub / OPENAI.split("/")[1], tmp_path / "data"))
+    before = run.describe({"comparisons": str(data)})["files"]
+    assert run.describe({"comparisons": str(data)})["files"] == before
+    with (data / "comparisons" / "train" / "0000.parquet").open("ab") as file:
+        file.write(b"x")
+    assert run.describe({"comparisons": str(data)})["files"] != before
+
+
+def test_the_whole_preset_ends_in_one_line_without_a_network(tmp_path, monkeypatch):
+    """What a reader without a network sees, as the libraries themselves tell it."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(rlhf_minimal, "go_offline_unless_reachable", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main(["--preset", "full", "--fast_dev_run", "--output_dir", str(tmp_path / "x")])
+    line = stop.value.code
+    assert line.startswith("rlhf_minimal: Qwen/Qwen2.5-3B-Instruct: not readable") and "\n" not in line
+    assert "check the network, or pass a local folder" in line and not (tmp_path / "x").exists()
