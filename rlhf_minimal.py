@@ -305,7 +305,7 @@ def load_given(settings, device, score):
     if settings.sft_model and not small:
         configs = [from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
                    for name in (settings.sft_model, judge) if "/" in name]
-        check_memory(memory_plan(settings, *configs), *available_memory(device))
+        check_memory(memory_plan(settings, *configs, device=device), *available_memory(device))
     try:
         judge = (quality_judge(toy.true_quality) if judge == "labeler"
                  else load_judge(judge, score, small))

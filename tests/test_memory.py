@@ -1,0 +1,355 @@
+"""The memory plan against a pencil and against what models really allocate."""
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
+from transformers import GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig
+
+import lm
+import ppo
+import reward
+import rlhf_minimal
+from run import SettingError, check_memory, flatten, memory_plan
+
+torch.set_num_threads(1)
+TOKENIZER = SimpleNamespace(eos_token_id=9, pad_token_id=0)
+
+
+def configs(vocabulary=40, d=32, layers=3):
+    ends = {"vocab_size": vocabulary, "bos_token_id": 1, "eos_token_id": 9}
+    old = {"n_embd": d, "n_layer": layers, "n_head": 4, "n_positions": 256}
+    new = {"hidden_size": d, "num_hidden_layers": layers, "num_attention_heads": 4}
+    return {"gpt2": GPT2Config(**ends, **old), "gptj": GPTJConfig(**ends, **old, rotary_dim=4),
+            "neox": GPTNeoXConfig(**ends, **new, intermediate_size=4 * d),
+            "llama": LlamaConfig(**ends, **new, intermediate_size=3 * d, num_key_value_heads=2)}
+
+
+ARCHITECTURES = list(configs())
+
+
+def settings(**changes):
+    return SimpleNamespace(**{**vars(ppo.PPOConfig()), **vars(lm.ModelConfig()), "query_length": 12,
+                              "response_length": 4, "ppo_batch_size": 8, "ppo_episodes": 8,
+                              "ppo_epochs": 2, **changes})
+
+
+# ---------------------------------------------------------------------------- by hand
+
+# Weights: embeddings 10 x 4 = 40. A layer: q 4 x 4 = 16, k and v (one head of two) 4 x 2 = 8 each, o
+# 16, gate, up and down 4 x 6 = 24 each, two norms of 4: 16 + 8 + 8 + 16 + 72 + 8 = 128. Two layers
+# 256, last norm 4, scores 4 x 10 = 40. In all 340, without the scores (a trunk) 300; a head 4 + 1.
+BY_HAND = LlamaConfig(vocab_size=10, hidden_size=4, num_hidden_layers=2, num_attention_heads=2,
+                      num_key_value_heads=1, intermediate_size=6, tie_word_embeddings=False)
+# Adapters of rank 3: q and o 3 (4 + 4) each, k and v 3 (4 + 2) each, three of 3 (4 + 6): 174 a layer
+SMALL = {"query_length": 5, "response_length": 3, "micro_batch_size": 2, "rollout_batch_size": 4}
+
+
+def test_plan_by_hand_with_adapters():
+    some = settings(**SMALL, lora_rank=3, checkpoint_activations=True)
+    plan = memory_plan(some, BY_HAND, BY_HAND)
+    assert plan == {
+        "weights": 2 * 340 + 2 * 300 + 4 * 5,  # policy, trunk of reward model and critic, head
+        "trained": 16 * (348 + 348 + 5),  # two adapters, the critic's head
+        "activations": 2 * 8 * 4 * (2 * 2 + 64),  # 2 rows of 8: two layers' inputs, one layer's all
+        "logits": 2 * 4 * 10 * 14,
+        "cache": 4 * 8 * 2 * 2 * (2 + 2),  # 4 rows of 8, two layers, one head of two
+        "judge": 2 * 340}
+
+
+def test_plan_by_hand_with_all_weights():
+    plan = memory_plan(settings(**SMALL), BY_HAND)
+    assert plan == {
+        "weights": 4 * (2 * 340 + 2 * 305), "trained": 12 * (340 + 305),
+        "activations": 2 * 8 * 4 * 2 * 64 + 2 * 340,  # and the weights in bfloat16
+        "logits": 2 * 4 * 10 * 14, "cache": 4 * 8 * 2 * 2 * (4 + 2), "judge": 0}
+    on_cpu = memory_plan(settings(**SMALL), BY_HAND, device="cpu")
+    assert on_cpu == {
+        "weights": 4 * (2 * 340 + 2 * 305), "trained": (12 + 12) * (340 + 305),
+        "activations": 2 * 8 * 4 * 2 * 108, "logits": 2 * 4 * 10 * 12,
+        "cache": 4 * 8 * 2 * 2 * (4 + 4), "judge": 0}
+
+
+def test_without_sizes_of_their_own_whole_batches_are_in_memory():
+    whole = memory_plan(settings(), BY_HAND)
+    eight = memory_plan(settings(micro_batch_size=8, rollout_batch_size=8), BY_HAND)
+    half = memory_plan(settings(ppo_minibatches=2), BY_HAND)
+    assert whole == eight and 2 * half["logits"] == whole["logits"]
+
+
+# ---------------------------------------------------------------------------- what is allocated
+
+
+def bytes_of(tensors):
+    """Each storage once, however many tensors look at it."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def train(config, dtype=torch.float32, around=lambda update: update, **changes):
+    """One update of train_ppo on random prompts, 12 tokens long; the networks and optimizers."""
+    seen, rollout = {}, ppo.rollout
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype).eval()
+    reward_model = reward.RewardModel(model)
+
+    def steps(*_, snapshot, **parts):
+        seen.update(parts=parts)
+        yield 0
+        tensors = flatten(parts, copy=True)
+        seen["undo"] = bytes_of(t for name, t in tensors.items() if not name.endswith("/step"))
+
+    def watched(policy, reference, reward_model, critic, *rest):
+        seen["networks"] = policy, reference, reward_model, critic
+        return rollout(policy, reference, reward_model, critic, *rest)
+
+    def never_ends(model, ids, mask, n, *, k, generator, **_):
+        return torch.randint(10, 40, (k * len(ids), n), generator=generator)
+
+    run = SimpleNamespace(seed=0, steps=steps, log=lambda *_, **__: None, history=lambda _: [
+        {"kl_per_summary": 0, "length": 1, "entropy": 1}])
+    queries = torch.randint(10, 40, (8, 12)).tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ppo, "rollout", watched)
+        patch.setattr(ppo, "sample", never_ends)
+        patch.setattr(ppo, "update", around(ppo.update))
+        # seen before the adapters are merged, when train_ppo is done
+        patch.setattr(ppo, "warn_of_collapse", lambda run: seen.update(sizes(seen)))
+        ppo.train_ppo(run, model, reward_model, queries, TOKENIZER, settings(**changes))
+    return seen
+
+
+def sizes(seen):
+    parameters = [p for network in seen["networks"] for p in network.parameters()]
+    averages = [state[name] for optimizer in (seen["parts"]["policy_optimizer"],
+                                              seen["parts"]["critic_optimizer"])
+                for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    return {"parameters": bytes_of(parameters), "averages": bytes_of(averages),
+            "gradients": bytes_of(p.grad for p in parameters if p.grad is not None),
+            "frozen": bytes_of(p for p in parameters if not p.requires_grad)}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_all_weights_gradients_and_averages_are_what_was_planned(name):
+    config = configs()[name]
+    seen = train(config)
+    plan = memory_plan(settings(), config, device="cpu")
+    assert seen["parameters"] == plan["weights"]
+    assert seen["gradients"] + seen["averages"] + seen["undo"] == plan["trained"]
+    on_gpu = memory_plan(settings(), config)
+    assert seen["gradients"] + seen["averages"] == on_gpu["trained"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_adapters_are_what_was_planned(name):
+    config = configs()[name]
+    rank = {"lora_rank": 3}
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cuda")):
+        seen = train(config, dtype, **rank)
+        plan = memory_plan(settings(**rank), config, device=device)
+        assert seen["frozen"] == plan["weights"]  # the reward model's head is frozen, too
+        undo = seen["undo"] if device == "cpu" else 0
+        assert (seen["parameters"] - seen["frozen"] + seen["gradients"] + seen["averages"] + undo
+                == plan["trained"])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_cache_is_what_was_planned(name):
+    config = configs()[name]
+    for dtype, device, changes in ((torch.float32, "cpu", {}), (torch.bfloat16, "cuda",
+                                   {"lora_rank": 2}), (torch.float32, "cuda", {})):
+        if name == "gpt2" and device == "cuda" and not changes:
+            continue  # no rotation, so its keys stay in bfloat16: less than planned
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        cache = DynamicCache(config=config)
+        products = torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
+        with torch.no_grad(), products if device == "cuda" else nullcontext():
+            ids = torch.ones(8, 16, dtype=torch.long)
+            model(input_ids=ids, use_cache=True, **{lm.CACHE: cache})
+        real = bytes_of(t for layer in cache.layers for t in (layer.keys, layer.values))
+        assert real == memory_plan(settings(**changes), config, device=device)["cache"]
+
+
+def peak(compute):
+    """Largest number of bytes allocated at a time by compute(), beyond what was there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        compute()
+    total = highest = 0
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        highest = max(highest, total)
+    return highest
+
+
+def test_peak_is_measured_as_it_should_be():
+    def two_at_a_time():
+        for _ in range(3):
+            x = torch.zeros(250)
+            y = x + 1  # 1000 bytes each
+            del x, y
+
+    assert 2000 <= peak(two_at_a_time) < 2300
+
+
+def test_logits_are_what_was_planned():
+    config = configs(vocabulary=5000, d=8, layers=1)["neox"]
+    ids, some = torch.randint(10, 40, (8, 32)), settings(response_length=20)
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "cuda")):
+        model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+        real = peak(lambda: lm.response_log_probs(
+            model, ids, torch.ones_like(ids), 20, 0.7).sum().backward())
+        planned = memory_plan(some, config, device=device)["logits"]
+        assert 0.9 * planned < real < 1.1 * planned, real / planned
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"lora_rank": 4}, {"checkpoint_activations": True},
+                                     {"micro_batch_size": 2}])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_activations_of_an_update_stay_within_the_plan(name, changes):
+    config = configs(vocabulary=40, d=128, layers=4)[name]
+    peaks = []
+
+    def around(update):
+        def measured(*arguments):
+            peaks.append(peak(lambda: update(*arguments)))
+        return measured
+
+    changes = {"query_length": 60, **changes}
+    with pytest.MonkeyPatch.context() as patch:
+        randint = torch.randint  # longer prompts: activations, not weights, are to be measured
+        patch.setattr(torch, "randint", lambda low, high, shape, **rest: randint(
+            low, high, (8, 60) if shape == (8, 12) else shape, **rest))
+        seen = train(config, around=around, **changes)
+    plan = memory_plan(settings(**changes), config, device="cpu")
+    planned = plan["activations"] + plan["logits"]
+    # the first call makes Adam's averages; gradients are freed first and come back
+    largest = max(peaks[2:])
+    # and with four layers only, what a layer needs in passing is not small
+    assert 0.4 * planned < largest < 1.25 * planned + seen["gradients"], largest / planned
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest floating-point tensor, views aside, that any operation
+    makes, backward included."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                self.numbers = max(self.numbers, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_no_tensor_has_scores_for_the_prompt(k):
+    vocabulary, rows, n = 2000, 8, 4
+    config = configs(vocabulary, d=16, layers=1)["neox"]
+    model = AutoModelForCausalLM.from_config(config).eval()
+    queries = torch.randint(10, 40, (rows // k, 60)).tolist()
+    run = SimpleNamespace(seed=0, steps=lambda *_, **__: [0], log=lambda *_, **__: None,
+                          history=lambda _: [{"kl_per_summary": 0, "length": 1, "entropy": 1}])
+    few = settings(return_sequences=k, ppo_epochs=1, sft_lr=0.0, sft_batch_size=8, sft_epochs=1)
+    with Largest() as largest:
+        ppo.train_ppo(run, model, reward.RewardModel(model), queries, TOKENIZER, few)
+        lm.train_sft(run, model, queries, [[3, 4, 5, 9]] * len(queries), 0, few)
+    assert rows * n * vocabulary <= largest.numbers <= rows * (n + 1) * vocabulary
+
+
+# ---------------------------------------------------------------------------- what is said
+
+
+def test_a_plan_that_does_not_fit_is_refused_in_one_line_with_cures(capsys):
+    GB = 10**9
+    plan = {"weights": 24 * GB, "trained": 1 * GB, "activations": 9 * GB, "logits": 2 * GB,
+            "cache": 16 * GB, "judge": 6 * GB}
+    # cache and update take turns: 24 + 1 + 6 + max(9 + 2, 16) = 47
+    check_memory(plan, 47 * GB, "a card")
+    assert "memory: about 43.8 GiB (weights 22.4, " in capsys.readouterr().out
+    with pytest.raises(SettingError) as error:
+        check_memory(plan, 47 * GB - 1, "a card")
+    text = str(error.value)
+    assert "\n" not in text and "about 44 GiB" in text and "a card has 44" in text
+    cures = text.split("what would help: ")[1].split("; ")
+    assert [re.search(r"--\w+", cure)[0] for cure in cures] == [
+        "--sft_model", "--rollout_batch_size", "--checkpoint_activations"], "the largest first"
+    known = vars(rlhf_minimal.parse_settings([]))
+    assert all(name[2:] in known for name in re.findall(r"--\w+", text))
+
+
+def test_the_full_preset_fits_on_80_gb_and_all_weights_of_6b_do_not():
+    gptj = GPTJConfig()  # its defaults are those of GPT-J-6B
+    d, rows = 4096, 50400
+    layer = 4 * d * d + 2 * (4 * d * d) + (4 * d + d) + 2 * d  # attention, two products, norm
+    n = 28 * layer + rows * d + (rows * d + rows) + 2 * d
+    judge = Qwen2Config(vocab_size=151936, hidden_size=2048, num_hidden_layers=36,
+                        num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008,
+                        tie_word_embeddings=True)
+    full = rlhf_minimal.parse_settings(["--preset", "full"])
+    plan = memory_plan(full, gptj, judge)
+    assert plan["weights"] == 2 * (n + n - rows * d - rows) + 4 * (d + 1)
+    assert 6.0e9 < n < 6.1e9 and 3.0e9 < plan["judge"] / 2 < 3.2e9
+    check_memory(plan, 80e9, "one GPU of 80 GB")
+    full.lora_rank = 0
+    with pytest.raises(SettingError, match="--lora_rank 16; a smaller --sft_model"):
+        check_memory(memory_plan(full, gptj, judge), 80e9, "one GPU of 80 GB")
+    # "1B on 48 - 80 GB", all weights: the shape of Pythia-1B
+    pythia = GPTNeoXConfig(vocab_size=50304, hidden_size=2048, num_hidden_layers=16,
+                           num_attention_heads=8, intermediate_size=8192)
+    check_memory(memory_plan(full, pythia), 48e9, "one GPU of 48 GB")
+
+
+def test_no_copies_of_weights_in_bfloat16_are_kept_for_the_whole_run(tmp_path, monkeypatch):
+    """torch.autocast keeps such copies until its context ends: they would be those from before the
+    first step, here of a layer whose weights became zero."""
+    def look(*_):
+        layer, x = torch.nn.Linear(2, 2, bias=False), torch.ones(1, 2)
+        # on a CPU run_all switches autocast off, but not what it says about the cache
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=torch.is_autocast_cache_enabled()):
+            layer(x).sum().backward()
+            layer.weight.data.zero_()
+            raise SettingError(f"then {layer(x).abs().sum().item()}")
+
+    for name, function in {"start_processes": lambda: "cpu", "load_given": lambda *_: (None, None),
+                           "load_data": lambda *_: ([], [], [], []), "supervise": look}.items():
+        monkeypatch.setattr(rlhf_minimal, name, function)
+    with pytest.raises(SettingError, match="then 0.0"):
+        rlhf_minimal.run_all(rlhf_minimal.parse_settings(["--output_dir", str(tmp_path / "run")]))
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_full_sizes_runs_on_a_cpu(tmp_path):
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "full.py"
+    subprocess.run([sys.executable, script, "--shape", "tiny", "--lora_rank", "2", "--updates", "1",
+                    "--peak_tflops", "1", "--json", tmp_path / "numbers.json"], check=True,
+                   timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    parts = numbers["seconds_by_part"]
+    assert {"sample", "measure", "update, policy_loss", "update, value_loss"} < {*parts}
+    assert 0.8 * numbers["seconds_per_update"] < sum(parts.values()) <= numbers["seconds_per_update"]
+    # By hand: 2 layers of 12 x 64 x 64 = 98304 weights; adapters 2 (64 + 192 + 64 + 64 + 64 + 256
+    # + 256 + 64) = 2048 a layer; 8 rows of 36 tokens; attention 3 x 2 x 4 x 64 x 18; scores at 5
+    # places of a row, 4 x 64 x 500; 4 passes over policy and critic
+    flops = 4 * (2 * 8 * 36 * (4 * 98304 + 2 * 4096 + 27648) + 8 * 5 * 4 * 64 * 500)
+    seconds = parts["update, policy_loss"] + parts["update, value_loss"]
+    assert numbers["update_tflops"] * 1e12 * seconds == pytest.approx(flops)
+    assert numbers["utilisation"] == pytest.approx(numbers["update_tflops"])
+    assert numbers["peak_memory_bytes"] > 0 and numbers["planned_peak_bytes"] > 0
