@@ -328,7 +328,7 @@ def test_no_copies_of_weights_in_bfloat16_are_kept_for_the_whole_run(tmp_path, m
             layer.weight.data.zero_()
             raise SettingError(f"then {layer(x).abs().sum().item()}")
 
-    for name, function in {"start_processes": lambda: "cpu", "load_given": lambda *_: (None, None),
+    for name, function in {"start_processes": lambda: "cpu", "load_given": lambda *_: (None,) * 3,
                            "load_data": lambda *_: ([], [], [], []), "supervise": look}.items():
         monkeypatch.setattr(rlhf_minimal, name, function)
     with pytest.raises(SettingError, match="then 0.0"):
