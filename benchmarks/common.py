@@ -96,8 +96,8 @@ def alternate(commands, work, rounds):
             if not line:
                 sys.exit(f"{name} failed: see its message above")
             measured[name].append(json.loads(line))
-            print(f"round {turn + 1}: {name} {measured[name][-1]['seconds']:.2f} s",
-                  file=sys.stderr)
+            print(f"round {turn + 1}: {name}", {key: round(value, 2) for key, value in
+                                                measured[name][-1].items()}, file=sys.stderr)
     for worker in workers.values():
         worker.communicate()
     return measured

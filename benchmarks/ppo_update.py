@@ -113,7 +113,7 @@ def make_work(shape, summaries, vocab, episodes=64, width=128, layers=4, micro=N
         prompts, lengths = [64] * posts, [33] * episodes
     limit = {"equal": 32, "real": 48}[shape]
     # rows with gradients in memory at a time, the same for both sides
-    size = {"equal": episodes, "real": 16}[shape]
+    size = min(16, episodes)
     return {"prompts": prompts, "lengths": lengths, "limit": limit, "summaries": summaries,
             "vocab": vocab, "width": width, "layers": layers, "micro": micro or size,
             "rollout": rollout or size, "without": None}
