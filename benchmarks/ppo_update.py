@@ -112,8 +112,8 @@ def make_work(shape, summaries, vocab, episodes=64, width=128, layers=4, micro=N
     if shape == "equal":
         prompts, lengths = [64] * posts, [33] * episodes
     limit = {"equal": 32, "real": 48}[shape]
-    # rows with gradients in memory at a time, the same for both sides
-    size = min(16, episodes)
+    # rows in memory at a time, the same for both sides: four posts, with all their summaries
+    size = min({"equal": 16, "real": 4 * summaries}[shape], episodes)
     return {"prompts": prompts, "lengths": lengths, "limit": limit, "summaries": summaries,
             "vocab": vocab, "width": width, "layers": layers, "micro": micro or size,
             "rollout": rollout or size, "without": None}
