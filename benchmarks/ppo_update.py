@@ -174,6 +174,8 @@ def main():
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
+        import ppo  # before memory is first measured, as in peer_trl.py
+
         saving = sys.argv[-2]
         serve(lambda work: ours({**work, "without": saving if saving in SAVINGS else None}))
     else:
