@@ -1,0 +1,182 @@
+"""One PPO iteration (rollout, scoring, four epochs): ours, ours without each saving, and TRL's.
+
+    python benchmarks/ppo_update.py --shape equal|real [--summaries 4|1] [--vocab 50257]
+        [--peer-python PATH] [--json FILE]
+
+equal: 64 prompts of 64 tokens, 32 new ones, one summary a post, nothing ends early, no padding.
+real:  prompts of up to 512 tokens and summaries of up to 48, as long as those of real rows
+       (lengths.json), 64 summaries, 4 or 1 a post.
+The model is a small GPT-2 with random weights; 512 tokens make the logits 8 % of a forward pass, as
+in the paper's 1.3B model. One thread, float32. PATH: a Python with trl==1.12.0, the last TRL
+with PPO. Every side is a process of its own; they take turns; medians (and minima) are reported.
+"""
+
+import argparse
+import sys
+import time
+from types import SimpleNamespace
+
+from common import HERE, Endings, alternate, draw_lengths, make_model, make_prompts, median, report
+from common import serve
+
+SAVINGS = {
+    "sharing": "the post once for its k summaries",
+    "trimming": "microbatches of similar length, without the columns that are padding",
+    "dropping": "sampling stops for the rows that have ended",
+    "slicing": "logits at the response's positions alone",
+}
+
+
+def ours(work):
+    """-> a function that runs ppo.train_ppo for one update, without work["without"]."""
+    import torch
+
+    import lm
+    import ppo
+    from reward import RewardModel
+
+    without, k = work["without"], work["summaries"]
+    ends, clock, computed = Endings(work), {}, [0]
+    forward = type(make_model({**work, "layers": 1})).forward
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            clock[name] = clock.get(name, 0) + time.perf_counter() - start
+            return result
+        return call
+
+    def sample_all(*args, **settings):
+        """All rows up to the limit; what follows the given lengths is dropped afterwards."""
+        ends.never = True
+        lengths, rows = [], lm.sample(*args, **settings)
+        for row, n in zip(rows, ends.current.tolist()):
+            row[n - 1 : n], row[n:] = settings["eos_token_id"], settings["pad_token_id"]
+        return rows
+
+    def forward_all(self, *args, logits_to_keep=0, **kwargs):
+        result = forward(self, *args, **kwargs)
+        result.logits = result.logits[:, -logits_to_keep:]
+        return result
+
+    def count(module, args, kwargs):
+        computed[0] += (args[0] if args else kwargs["input_ids"]).numel()
+
+    model, prompts = make_model(work), make_prompts(work)
+    reward_model = RewardModel(make_model(work, seed=1))
+    for trunk in (model.transformer, reward_model.trunk):  # copies of a module keep its hooks
+        trunk.register_forward_pre_hook(count, with_kwargs=True)
+    if without == "sharing":
+        prompts, k = [prompt for prompt in prompts for _ in range(k)], 1
+    if without == "trimming":
+        ppo.trim = lambda ids, mask, width: (ids, mask, width)
+    if without == "slicing":
+        type(model).forward = forward_all
+    ppo.sample = timed("rollout", sample_all if without == "dropping" else lm.sample)
+    ppo.rollout = timed("rollout and scoring", ppo.rollout)
+    config = SimpleNamespace(**{**vars(lm.ModelConfig()), **vars(ppo.PPOConfig()),
+                                "ppo_batch_size": k * len(prompts), "return_sequences": k,
+                                "ppo_episodes": k * len(prompts), "response_length": work["limit"],
+                                "micro_batch_size": work["micro"], "temperature": 0.7,
+                                "rollout_batch_size": work["rollout"], "ppo_lr": 1e-5})
+    tokenizer = SimpleNamespace(eos_token_id=work["vocab"] - 2, pad_token_id=work["vocab"] - 1)
+    run = SimpleNamespace(seed=0, steps=lambda *_, **__: [0], log=lambda *_, **__: None,
+                          warn=lambda *_: None, history=lambda stage: [
+                              {"kl_per_summary": 0, "length": 1, "entropy": 1, "step": 0}])
+
+    # Needed. Each pass over whole texts (four without gradient: old and reference log-probs,
+    # values, scores; policy and critic once an epoch) the post once and each token of its
+    # summaries; sampling the post once and each token but a summary's last.
+    passes, posts = 4 + 2 * config.ppo_epochs, sum(work["prompts"])
+    tokens = [min(n, work["limit"]) for n in work["lengths"]]
+    needed = passes * (posts + sum(tokens)) + posts + sum(n - 1 for n in tokens)
+
+    def once():
+        computed[0] = 0
+        clock.clear()
+        start, cpu = time.perf_counter(), time.process_time()
+        ppo.train_ppo(run, model, reward_model, prompts, tokenizer, config)
+        total = time.perf_counter() - start
+        return {"seconds": total, "cpu_seconds": time.process_time() - cpu,
+                "rollout_seconds": clock["rollout"],
+                "scoring_seconds": clock["rollout and scoring"] - clock["rollout"],
+                "update_seconds": total - clock["rollout and scoring"],
+                "tokens_computed": computed[0], "tokens_needed": needed}
+    return once
+
+
+def make_work(shape, summaries, vocab, episodes=64, width=128, layers=4, micro=None, rollout=None):
+    posts = episodes // summaries
+    prompts, lengths = draw_lengths(posts, summaries, 48)
+    if shape == "equal":
+        prompts, lengths = [64] * posts, [33] * episodes
+    limit = {"equal": 32, "real": 48}[shape]
+    # rows in memory at a time, the same for both sides: four posts, with all their summaries
+    size = min({"equal": 16, "real": 4 * summaries}[shape], episodes)
+    return {"prompts": prompts, "lengths": lengths, "limit": limit, "summaries": summaries,
+            "vocab": vocab, "width": width, "layers": layers, "micro": micro or size,
+            "rollout": rollout or size, "without": None}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=("equal", "real"), required=True)
+    parser.add_argument("--summaries", type=int, choices=(1, 4), help="a post; real: 4, equal: 1")
+    parser.add_argument("--vocab", type=int, default=512)
+    parser.add_argument("--peer-python", help="a Python that has trl==1.12.0")
+    parser.add_argument("--savings", nargs="*", choices=SAVINGS, default=list(SAVINGS),
+                        help="those to measure ours without")
+    parser.add_argument("--rounds", type=int, default=3)
+    for name, default in (("episodes", 64), ("width", 128), ("layers", 4), ("micro", None),
+                          ("rollout", None)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--json")
+    a = parser.parse_args()
+    summaries = a.summaries or {"equal": 1, "real": 4}[a.shape]
+    work = make_work(a.shape, summaries, a.vocab, a.episodes, a.width, a.layers, a.micro, a.rollout)
+    us = [sys.executable, HERE / "ppo_update.py", "--worker"]
+    commands = {"ours": us + ["all"]}
+    if a.peer_python:
+        commands["peer"] = [a.peer_python, HERE / "peer_trl.py"]
+    commands |= {f"without {name}": us + [name] for name in a.savings
+                 if name != "sharing" or summaries > 1}
+    measured = alternate(commands, work, a.rounds)
+    results = {"shape": a.shape, "summaries": summaries, "vocab": a.vocab, "rounds": a.rounds,
+               "episodes": a.episodes, "width": a.width, "layers": a.layers,
+               "micro_batch": work["micro"], "rollout_batch": work["rollout"],
+               "tokens_computed": measured["ours"][0]["tokens_computed"],
+               "tokens_needed": measured["ours"][0]["tokens_needed"]}
+    results["computed_over_needed"] = results["tokens_computed"] / results["tokens_needed"]
+    for name in ("ours", "peer"):
+        for part in ("seconds", "cpu_seconds", "rollout_seconds", "scoring_seconds",
+                     "update_seconds"):
+            if name in measured:
+                results[f"{name}_{part}"] = median(measured[name], part)
+        if name in measured:
+            results[f"{name}_minimum_seconds"] = min(row["seconds"] for row in measured[name])
+            results[f"{name}_peak_bytes"] = measured[name][-1]["peak_bytes"]
+    if a.peer_python:
+        results["peer_over_ours"] = results["peer_seconds"] / results["ours_seconds"]
+        # the kernel's count of one thread's work: steadier where the machine has other users
+        results["peer_over_ours_cpu"] = results["peer_cpu_seconds"] / results["ours_cpu_seconds"]
+        results["peer_over_ours_bytes"] = results["peer_peak_bytes"] / results["ours_peak_bytes"]
+    results["savings"] = {
+        name.removeprefix("without "): {
+            "what": SAVINGS[name.removeprefix("without ")],
+            "seconds_ratio": median(rows, "seconds") / results["ours_seconds"],
+            "cpu_ratio": median(rows, "cpu_seconds") / results["ours_cpu_seconds"],
+            "bytes_ratio": rows[-1]["peak_bytes"] / results["ours_peak_bytes"],
+            "tokens_ratio": rows[0]["tokens_computed"] / results["tokens_computed"]}
+        for name, rows in measured.items() if name.startswith("without ")}
+    report(results, a.json)
+
+
+if __name__ == "__main__":
+    if "--worker" in sys.argv:
+        import ppo  # before memory is first measured, as in peer_trl.py
+
+        saving = sys.argv[-2]
+        serve(lambda work: ours({**work, "without": saving if saving in SAVINGS else None}))
+    else:
+        main()

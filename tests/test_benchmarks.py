@@ -1,0 +1,62 @@
+"""The benchmarks run, at tiny sizes, and count what they say they count. Nothing is timed here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+TINY = "--width 16 --layers 1 --rounds 1".split()
+
+
+def run(script, path, *arguments):
+    subprocess.run([sys.executable, BENCHMARKS / script, "--json", path, *arguments], check=True,
+                   stdout=subprocess.DEVNULL)
+    return json.loads(path.read_text())
+
+
+def test_lengths_are_within_the_papers_limits():
+    lengths = json.loads((BENCHMARKS / "lengths.json").read_text())
+    assert len(lengths["prompts"]) == len(lengths["summaries"]) == 500
+    assert 0 < min(lengths["prompts"]) and max(lengths["prompts"]) <= 512
+    assert 24 <= min(lengths["summaries"]) and max(lengths["summaries"]) <= 48  # the 2020 filter
+
+
+@pytest.mark.slow
+def test_ppo_update_at_equal_work_computes_no_token_too_many(tmp_path):
+    found = run("ppo_update.py", tmp_path / "a.json", "--shape", "equal", "--episodes", "4",
+                "--savings", "--vocab", "32", *TINY)
+    # 4 rows; 12 passes over 64 + 32 tokens; sampling: the prompt and 31 tokens, one at a time
+    assert found["tokens_needed"] == 4 * (12 * 96 + 64 + 31) == found["tokens_computed"]
+
+
+@pytest.mark.slow
+def test_each_saving_saves_tokens_or_memory_alone(tmp_path):
+    found = run("ppo_update.py", tmp_path / "a.json", "--shape", "real", "--episodes", "16",
+                "--micro", "4", "--rollout", "4", "--vocab", "32", *TINY)
+    tokens = {name: saving["tokens_ratio"] for name, saving in found["savings"].items()}
+    assert set(tokens) == {"sharing", "trimming", "dropping", "slicing"}
+    assert tokens["sharing"] > 2 and tokens["trimming"] > 1.1 and tokens["dropping"] > 1
+    assert tokens["slicing"] == 1  # it saves logits, not tokens
+    assert 1 <= found["computed_over_needed"] <= 1.15
+
+
+@pytest.mark.slow
+def test_sampling_writes_what_generate_writes(tmp_path):
+    found = run("sampling.py", tmp_path / "a.json", "--episodes", "8", "--vocab", "32", *TINY)
+    assert found["ours_seconds"] > 0 and found["generate_seconds"] > 0
+
+
+@pytest.mark.slow
+def test_reward_step_has_the_loss_of_the_plain_form(tmp_path):
+    found = run("reward_step.py", tmp_path / "a.json", "--pairs", "3", "--vocab", "32", *TINY)
+    assert found["loss_gap"] < 1e-5
+
+
+@pytest.mark.slow
+def test_loop_gives_the_shares_of_the_stages(tmp_path):
+    found = run("loop.py", tmp_path / "a.json", "--fast_dev_run", "true")
+    assert {"sft", "reward", "ppo", "judge", "total"} <= set(found["seconds"])
+    assert found["share"]["total"] == 1
