@@ -83,21 +83,22 @@ def serve(prepare):
 
 def alternate(commands, work, rounds):
     """Workers (lists of words, by name), each its own process with one thread, one after the other,
-    `rounds` times. Returns the measurements of each: {name: [{...}, ...]}."""
+    `rounds` times after a first one that is not counted. Returns {name: [{...}, ...]}."""
     workers = {name: subprocess.Popen([*map(str, command), json.dumps(work)], text=True,
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
                for name, command in commands.items()}
     measured = {name: [] for name in workers}
-    for turn in range(rounds):
+    for turn in range(rounds + 1):
         for name, worker in workers.items():
             worker.stdin.write("go\n")
             worker.stdin.flush()
             line = worker.stdout.readline()
             if not line:
                 sys.exit(f"{name} failed: see its message above")
-            measured[name].append(json.loads(line))
-            print(f"round {turn + 1}: {name}", {key: round(value, 2) for key, value in
-                                                measured[name][-1].items()}, file=sys.stderr)
+            row = json.loads(line)
+            measured[name] += [row] * (turn > 0)
+            print(f"round {turn or 'of warm-up'}: {name}",
+                  {key: round(value, 2) for key, value in row.items()}, file=sys.stderr)
     for worker in workers.values():
         worker.communicate()
     return measured
