@@ -717,7 +717,8 @@ def test_update_reaches_every_group_and_clips_their_common_norm():
     for _ in range(2):  # twice the same step: old gradients are cleared
         loss = lm.update(optimizer, [(3 * a).sum(), (4 * b).sum()], .5, 1.)
     close(torch.cat([a, b]), [1 - 2 * .3, 1 - 2 * .4], "lr .5 in every group, the gradient norm "
-          "clipped to 1, old gradients cleared")
+          "clipped to 1")
     assert loss == pytest.approx(3 * .7 + 4 * .6), "the sum of the microbatches"
     lm.update(optimizer, [(3 * a + 4 * b).sum()], .1)
-    close(torch.cat([a, b]), [.4 - .3, .2 - .4], "without max_grad_norm nothing is clipped")
+    close(torch.cat([a, b]), [.4 - .3, .2 - .4], "a step of .1 (3, 4): old gradients are cleared, "
+          "and without max_grad_norm nothing is clipped")
