@@ -229,7 +229,7 @@ BUGS = [
         "one text, two scores", "B.1"),
     Bug("batches are scored in one order and stored in another", "reward.py",
         "scores[rows] = reward_model.score(",
-        "scores[start : start + len(rows)] = reward_model.score(", "order|which score",
+        "scores[start : start + len(rows)] = reward_model.score(", "own place|which score",
         "rewards go to the wrong summaries", "3.4"),
     Bug("scores are not normalised (notebook)", "reward.py",
         "return scores - self.reference_mean", "return scores", "mean 0|reference_mean",
@@ -400,7 +400,7 @@ BUGS = [
         "a KL of 0.1 that looks harmless and is 5 nats", "Table 9"),
     Bug("PPO's learning rate is constant (notebook)", "ppo.py",
         "lr = config.ppo_lr * linear_schedule(step, total)", "lr = config.ppo_lr",
-        "learning_rate", "the last updates are as wild as the first", "B.1"),
+        "linear_schedule|learning_rate", "the last updates are as wild as the first", "B.1"),
     # ------------------------------------------------------------------------ who won?
     Bug("ours is always summary A (notebook)", "judge.py",
         "return [None if None in (first, second) else ((first == \"A\") + (second == \"B\")) / 2",

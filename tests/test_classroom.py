@@ -184,5 +184,14 @@ def test_a_students_bug_is_named(number, bug, tmp_path, run_tests):
     assert re.search(bug.hint, said), f"nothing of {bug.hint!r}: {said}"
 
 
+def test_the_readme_counts_and_names_them_right():
+    readme = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
+    assert f"{len(BUGS)} bugs to find" in readme
+    number = int(re.search(r"`--bug (\d+)`", readme)[1])
+    assert BUGS[number].name == "the score is paid at every token (notebook)"
+    for number, (file, name, _) in enumerate(EXERCISES, 1):
+        assert f"| {number} | `{file[:-3]}.{name}` |" in readme
+
+
 def test_every_exercise_has_bugs_to_find():
     assert {number for number, _ in BUGS_OF_EXERCISES} == set(NUMBERS)
