@@ -378,8 +378,12 @@ def test_exercise_11_abstentions():
 
 
 def test_exercise_11_answers_in_prose():
-    with pytest.raises(ValueError):  # not a verdict: nothing is guessed
-        judge.judge_pairwise(prepared(["Answer: B"], ["A"]), ["p"], ["x"], ["y"])
+    try:
+        outcomes = judge.judge_pairwise(prepared(["Answer: B"], ["A"]), ["p"], ["x"], ["y"])
+    except ValueError:
+        return
+    pytest.fail(f"{outcomes}: 'Answer: B' is no verdict, and nothing is guessed: a ValueError",
+                pytrace=False)
 
 
 # ---------------------------------------------------------------------------- 12 interval
