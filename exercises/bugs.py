@@ -456,7 +456,7 @@ BUGS = [
         "if tokenizer.chat_template:", "if False:", "whole_prompt|stays_text|turn",
         "a chat model answers with prose, so it abstains", "4.1"),
     Bug("the judge's prompts are padded on the right (notebook)", "judge.py",
-        "0, left=True)", "0, left=False)", "padding|batches",
+        "0, left=True)", "0, left=False)", "last position|padding",
         "the answer depends on the other prompts of the batch", "4.1"),
     Bug("the judge never abstains", "judge.py",
         "None if not p_a + p_b >= min_probability else", "", "verdict_is_a_probability",
