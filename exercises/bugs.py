@@ -1,4 +1,4 @@
-"""Realistic bugs, each in one place of one of our files: all of them run, and all of them are wrong.
+"""Realistic bugs, each in one place of one of our files: all of them run, and all are wrong.
 
 `pytest -m bugs` plants each one and sees the fast tests fail with a message that points at the
 cause; `python exercises/start.py --bug` plants one for a student to find. The number of a bug is
@@ -113,7 +113,8 @@ BUGS = [
         "F.log_softmax(logits / temperature, dim=-1)", "F.log_softmax(logits, dim=-1)",
         "temperature", "at temperature 0.7 KL and ratios are of a policy that never acted", "3.4"),
     Bug("log-probs multiply by the temperature", "lm.py",
-        "F.log_softmax(logits / temperature, dim=-1)", "F.log_softmax(logits * temperature, dim=-1)",
+        "F.log_softmax(logits / temperature, dim=-1)",
+        "F.log_softmax(logits * temperature, dim=-1)",
         "temperature", "as above, only worse", "3.4"),
     Bug("the logarithm of a softmax", "lm.py",
         "F.log_softmax(logits / temperature, dim=-1)",
@@ -306,8 +307,9 @@ BUGS = [
         "variance = masked_mean((x - mean) ** 2, mask)", "variance = x[mask != 0].var()",
         "n - 1", "NaN for a batch of one token", "silent; N+ 25"),
     Bug("whitening adds the mean back", "ppo.py",
-        "(x - mean) * torch.rsqrt(variance + 1e-8)", "(x - mean) * torch.rsqrt(variance + 1e-8) + mean",
-        "adds the mean", "a batch of bad summaries makes all their tokens less likely", "silent; N+ 25"),
+        "(x - mean) * torch.rsqrt(variance + 1e-8)",
+        "(x - mean) * torch.rsqrt(variance + 1e-8) + mean", "adds the mean",
+        "a batch of bad summaries makes all their tokens less likely", "silent; N+ 25"),
     Bug("whitening divides by 0", "ppo.py",
         "torch.rsqrt(variance + 1e-8)", "torch.rsqrt(variance)", "1e-8|NaN",
         "NaN when all advantages are equal", "silent; N+ 25"),
@@ -376,18 +378,20 @@ BUGS = [
         'policy_loss(log_probs, part["log_probs"]', "policy_loss(log_probs, log_probs.detach()",
         "ratio", "the fraction clipped is 0 for ever", "3.4 (PPO, eq. 7)"),
     Bug("PPO on the best of n samples (notebook)", "ppo.py",
-        "    rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_beta)\n",
+        "    rewards = kl_penalized_rewards(",
         "    best = torch.arange(0, len(scores), k) + scores.view(-1, k).argmax(1)\n"
-        "    input_ids, attention_mask, mask, log_probs, ref_log_probs, values, scores, ended = (\n"
-        "        x[best.repeat_interleave(k)] for x in (\n"
-        "            input_ids, attention_mask, mask, log_probs, ref_log_probs, values, scores, ended))\n"
-        "    rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_beta)\n",
+        "    best = best.repeat_interleave(k)\n"
+        "    input_ids, attention_mask, mask, scores, ended = (\n"
+        "        x[best] for x in (input_ids, attention_mask, mask, scores, ended))\n"
+        "    log_probs, ref_log_probs, values = (\n"
+        "        x[best] for x in (log_probs, ref_log_probs, values))\n"
+        "    rewards = kl_penalized_rewards(",
         "best.of", "the reward that is logged is too good, and does not rise", "3.4, G.3"),
     Bug("rollouts are drawn at temperature 1, whatever is set (notebook)", "ppo.py",
         "pad_token_id=pad_id, temperature=config.temperature,", "pad_token_id=pad_id,",
         "temperature", "samples come from another policy than the log-probs", "3.4"),
     Bug("advantages are not whitened", "ppo.py",
-        '"advantages": whiten_over_processes(advantages, mask)', '"advantages": advantages',
+        'batch["advantages"] = whiten_over_processes(batch["advantages"], batch["mask"])', "pass",
         "whiten", "the best learning rate depends on the scale of the rewards", "silent; N+ 25"),
     Bug("returns are made of whitened advantages", "ppo.py",
         "    kl = zero_off(mask, log_probs - ref_log_probs)[0].sum(1)",
@@ -410,8 +414,9 @@ BUGS = [
         '(second == "B")) / 2', '(second == "A")) / 2', "second order",
         "win rates of one half, whoever is better", "4.1"),
     Bug("an abstention is a tie", "judge.py",
-        "return [None if None in (first, second) else", "return [0.5 if None in (first, second) else",
-        "abstain", "a judge that never answers says 0.5", "4.1"),
+        "return [None if None in (first, second) else",
+        "return [0.5 if None in (first, second) else", "abstain",
+        "a judge that never answers says 0.5", "4.1"),
     Bug("an answer is read by its first letter (notebook)", "judge.py",
         'wrong = [verdict for verdict in verdicts if verdict not in ("A", "B", None)]',
         'verdicts[:] = [v and str(v).strip()[:1].upper() for v in verdicts]\n'

@@ -284,7 +284,7 @@ def test_exercise_09_loss():
         (-1.6, "a sum: take the mean over the mask"),
     ], "mean of max(-A rho, -A clip(rho))")
     check(clip_fraction, .4, [
-        (.8, "every ratio outside the range was counted: only where the clipped loss is the larger"),
+        (.8, "every ratio outside the range counts: only where the clipped loss is the larger"),
     ], "the share of actions whose clipped loss is strictly larger")
 
 
@@ -352,8 +352,8 @@ def prepared(*answers):
 def test_exercise_11_a_judge_that_looks_at_the_place():
     outcomes = judge.judge_pairwise(lambda posts, a, b: ["A"] * 2, ["p"] * 2, ["x"] * 2, ["y"] * 2)
     assert outcomes != [1.0, 1.0], (
-        "a judge that always says A makes us win: ask in the second order too, and count an A there "
-        "for the other side")
+        "a judge that always says A makes us win: ask in the second order too, and count an A "
+        "there for the other side")
     check(outcomes, [.5, .5], otherwise="a judge that always says A: a tie")
 
 

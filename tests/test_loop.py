@@ -120,7 +120,8 @@ def test_what_a_rollout_holds(model):
     reference, reward_model, critic = others[0], *map(reward.RewardModel, others[1:])
     queries = [[3, 9, 4], [6, 7], [5], [8, 9, 3, 4]] * 4  # some posts hold the EOS id 9
     batch = ppo.rollout(model, reference, reward_model, critic, queries,
-                        SimpleNamespace(eos_token_id=9, pad_token_id=9), config(), lm.generator_for(0))
+                        SimpleNamespace(eos_token_id=9, pad_token_id=9), config(),
+                        lm.generator_for(0))
     mask, kl, width = batch["mask"], batch["kl"], batch["mask"].shape[1]
     ended = [9 in row[-width:].tolist() for row in batch["input_ids"]]
     assert True in ended and False in ended and batch["ended"].tolist() == ended, (
@@ -138,9 +139,7 @@ def test_what_a_rollout_holds(model):
     advantages, returns = ppo.compute_gae(rewards, batch["values"], mask)
     assert torch.allclose(batch["returns"], returns, atol=1e-4), (
         "returns are advantages + values from before whitening")
-    white, real = batch["advantages"][mask], advantages[mask]
-    assert abs(white.mean()) < 1e-5 and abs(white.var(correction=0) - 1) < 1e-4, "whitened"
-    assert torch.allclose(white * real.std(correction=0) + real.mean(), real, atol=1e-4)
+    assert torch.allclose(batch["advantages"], advantages, atol=1e-4)
 
 
 @torch.no_grad()
@@ -179,7 +178,8 @@ def changed_by(function, how):
 
 # what training must use, and a change of it that no optimiser undoes (Adam forgives a factor)
 USED_BY_PPO = {
-    "penalize_missing_eos": lambda scores: -scores, "kl_penalized_rewards": lambda rewards: -rewards,
+    "penalize_missing_eos": lambda scores: -scores,
+    "kl_penalized_rewards": lambda rewards: -rewards,
     "compute_gae": lambda pair: (pair[0].abs(), pair[1] + 1), "whiten": torch.abs,
     "policy_loss": lambda pair: (-pair[0], pair[1]), "value_loss": lambda pair: (-pair[0], pair[1]),
     "get_response_mask": lambda mask: mask.cumsum(1) == 1, "linear_schedule": lambda factor: 0.5,
@@ -224,7 +224,8 @@ def test_sft_and_reward_model_use_what_is_pinned(module, name, how, model, tmp_p
         settings = SimpleNamespace(micro_batch_size=0, sft_lr=1e-2, sft_batch_size=8, sft_epochs=1,
                                    reward_lr=1e-2, reward_batch_size=8, reward_epochs=1)
         if module is lm:
-            lm.train_sft(new_run(tmp_path / folder), fresh, QUERIES, [[7, 2, 9], [9]] * 8, 0, settings)
+            lm.train_sft(new_run(tmp_path / folder), fresh, QUERIES, [[7, 2, 9], [9]] * 8, 0,
+                         settings)
         else:
             fresh = reward.RewardModel(fresh)
             pairs = [(query, [1, 7, 9], [2, 9]) for query in QUERIES]

@@ -535,7 +535,7 @@ def test_value_loss_against_a_loop(seed):
     close(clip_fraction, clipped / count, "loop oracle, clip fraction")
 
 
-# ---------------------------------------------------------------------------- all of it, on a bandit
+# ---------------------------------------------------------------------------- a bandit
 
 
 @pytest.mark.parametrize("beta, best", [(1., [.179, .291944, .529056]),
