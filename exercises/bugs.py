@@ -378,14 +378,14 @@ BUGS = [
         'policy_loss(log_probs, part["log_probs"]', "policy_loss(log_probs, log_probs.detach()",
         "ratio", "the fraction clipped is 0 for ever", "3.4 (PPO, eq. 7)"),
     Bug("PPO on the best of n samples (notebook)", "ppo.py",
-        "    rewards = kl_penalized_rewards(",
+        "    rewards = kl_penalized_rewards(scores,",
         "    best = torch.arange(0, len(scores), k) + scores.view(-1, k).argmax(1)\n"
         "    best = best.repeat_interleave(k)\n"
         "    input_ids, attention_mask, mask, scores, ended = (\n"
         "        x[best] for x in (input_ids, attention_mask, mask, scores, ended))\n"
         "    log_probs, ref_log_probs, values = (\n"
         "        x[best] for x in (log_probs, ref_log_probs, values))\n"
-        "    rewards = kl_penalized_rewards(",
+        "    rewards = kl_penalized_rewards(scores,",
         "best.of", "the reward that is logged is too good, and does not rise", "3.4, G.3"),
     Bug("rollouts are drawn at temperature 1, whatever is set (notebook)", "ppo.py",
         "pad_token_id=pad_id, temperature=config.temperature,", "pad_token_id=pad_id,",
