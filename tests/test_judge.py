@@ -53,7 +53,11 @@ def test_the_pairs_of_item_53_and_all_others():
     second = ["B", "A", "A", "B", "B", None, None, "A", None]
     # ours twice; the first place twice; theirs twice; the second place twice; abstained
     expected = [1.0, 0.5, 0.0, 0.5, None, None, None, None, None]
-    assert judge_pairwise(in_turn(first, second), some_posts(9), ["x"] * 9, ["y"] * 9) == expected
+    outcomes = judge_pairwise(in_turn(first, second), some_posts(9), ["x"] * 9, ["y"] * 9)
+    assert outcomes[0:4:2] == [1.0, 0.0], (
+        "ours is A in the first order and B in the second one: is the second order turned round?")
+    assert outcomes[1:4:2] == [0.5, 0.5], "the first place, or the second, twice: both orders count"
+    assert outcomes == expected, "to abstain in one order is to abstain: None, not a tie"
 
 
 def test_a_judge_that_only_looks_at_the_place_scores_exactly_half():
@@ -123,7 +127,7 @@ def outcomes_of(wins=0, losses=0, ties=0, abstentions=0):
 def test_the_numbers_of_item_51():
     result = win_rate(outcomes_of(60, 30, 10))
     assert result[:5] == (60, 30, 10, 0, 100)
-    assert result.win_rate == pytest.approx(0.65)  # (60 + 10/2) / 100
+    assert result.win_rate == pytest.approx(0.65), "(60 + 10/2) / 100: a tie is half a win"
     assert result.conditional_win_rate == pytest.approx(0.666667, abs=1e-6)  # 60 / 90
     assert result.decision_rate == pytest.approx(0.90)  # 90 / 100
 
@@ -139,7 +143,8 @@ def test_abstentions_are_neither_losses_nor_ties():
     assert result.decision_rate == pytest.approx(9 / 16)  # of all that were asked
     # 11 answered. z^2 = 3.841459: center (.636364 + 3.841459/22) / (1 + 3.841459/11) = .601068,
     # half 1.959964/1.349224 * sqrt(.636364*.363636/11 + 3.841459/484) = .247267
-    assert (result.low, result.high) == pytest.approx((0.353801, 0.848335), abs=1e-6)
+    assert (result.low, result.high) == pytest.approx((0.353801, 0.848335), abs=1e-6), (
+        "the 95 % interval of 7 among 11 answered posts: two orders of a pair are one sample")
 
 
 def test_a_rate_over_nothing_is_nan():

@@ -257,6 +257,9 @@ def test_join_puts_queries_left_and_responses_right():
                             [3, 4, 5, 6, 7, 8, 2, 0]]
     assert mask.tolist() == [[0, 0, 1, 1, 1, 1, 1, 0], [1] * 8, [1] * 7 + [0]]
     assert lm.join([[5], [6]], [[7, 8, 9], [7]], 0)[2] == 1, "Q is the width of the queries"
+    mask_of_eos = lm.join([[5, 6], [4]], [[7, 9], [9]], 9)[1]  # pad = EOS = 9
+    assert mask_of_eos.tolist() == [[1, 1, 1, 1], [0, 1, 1, 0]], (
+        "the mask is made from lengths, not ids != pad: the EOS of a summary is a real token")
     assert lm.last_token_index(mask).tolist() == [6, 7, 6], (
         "the last real token: -1 or 1 in row 0 comes from looking for the first pad in the whole "
         "row, which finds the query's; 7 is the width; 4 is the number of real tokens")
@@ -480,6 +483,14 @@ def test_top_p_keeps_no_token_after_the_one_that_reaches_it():
     assert len(set(drawn.tolist())) == 2, "the smallest set whose probability is at least top_p"
 
 
+def test_sample_draws_unlikely_tokens_too():
+    # log-probs in equal steps over 200 tokens; the 100 least likely have 1 / (1 + e^2) = .119 of it
+    logits = torch.linspace(0, 4, 200).expand(4000, 200)
+    drawn = lm.next_token(logits, 1., 1., torch.Generator().manual_seed(0))
+    share = (drawn < 100).double().mean().item()
+    assert abs(share - .1192) < .02, f"{share}: no top-k, the log-probs are those of all tokens"
+
+
 def test_temperature_comes_before_top_p():
     # squared and renormalised the largest is .25 / .345 = .7246: it alone reaches .7
     fits(frequencies(top_p=.7, temperature=.5), [0, 1, 0, 0], "top_p of softmax(logits / T)")
@@ -648,6 +659,42 @@ def test_response_log_probs_carry_the_gradient():
         "the policy loss reaches the policy through these log-probs: no no_grad, no detach")
 
 
+# ---------------------------------------------------------------------------- text in, text out
+
+
+class Letters:
+    """A tokenizer with a token for each letter; EOS = 1 is written <e>."""
+
+    eos_token_id = 1
+
+    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
+        pieces = list(text) if split_special_tokens else re.findall("<e>|.", text)
+        ids = [1 if piece == "<e>" else ord(piece) for piece in pieces]
+        return {"input_ids": [0] * add_special_tokens + ids}
+
+    def decode(self, ids):
+        return "".join("<e>" if token == 1 else chr(token) for token in ids)
+
+
+def test_encode_response():
+    space, a, b = map(ord, " ab")
+    assert lm.encode_response("ab", Letters(), 9) == [space, a, b, 1], (
+        "a leading space, as in a text; EOS at the end, or the model never learns to stop")
+    assert lm.encode_response("ab", Letters(), 4) == [space, a, b, 1], "it fits"
+    assert lm.encode_response("ab", Letters(), 3) == [space, a, b], (
+        "a summary that is cut has no EOS: it did not end")
+    assert lm.encode_response("", Letters(), 9) == [space, 1]
+    assert lm.encode_response("<e>", Letters(), 9) == [space, *map(ord, "<e>"), 1], (
+        "a typed control token is text")
+
+
+def test_decode_response():
+    assert lm.decode_response([*map(ord, " a b "), 1, ord("c"), 1], Letters()) == "a b", (
+        "up to the first EOS, without outer white space")
+    assert lm.decode_response(list(map(ord, " ab")), Letters()) == "ab", "no EOS: everything"
+    assert lm.decode_response([1, ord("c")], Letters()) == ""
+
+
 # ---------------------------------------------------------------------------- schedules
 
 
@@ -669,7 +716,9 @@ def test_update_reaches_every_group_and_clips_their_common_norm():
     optimizer = torch.optim.SGD([{"params": [a], "lr": 7.}, {"params": [b], "lr": 9.}])
     for _ in range(2):  # twice the same step: old gradients are cleared
         loss = lm.update(optimizer, [(3 * a).sum(), (4 * b).sum()], .5, 1.)
+    close(torch.cat([a, b]), [1 - 2 * .3, 1 - 2 * .4], "lr .5 in every group, the gradient norm "
+          "clipped to 1")
     assert loss == pytest.approx(3 * .7 + 4 * .6), "the sum of the microbatches"
-    close(torch.cat([a, b]), [1 - 2 * .3, 1 - 2 * .4], "lr .5 in every group, gradient norm 1")
     lm.update(optimizer, [(3 * a + 4 * b).sum()], .1)
-    close(torch.cat([a, b]), [.4 - .3, .2 - .4], "without max_grad_norm nothing is clipped")
+    close(torch.cat([a, b]), [.4 - .3, .2 - .4], "a step of .1 (3, 4): old gradients are cleared, "
+          "and without max_grad_norm nothing is clipped")

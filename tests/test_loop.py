@@ -95,6 +95,148 @@ def test_policy_step_leaves_critic_without_gradient_and_the_reverse(model):
     assert critic.head.weight.grad.any()
 
 
+@torch.no_grad()
+def test_a_value_is_that_of_the_state_before_its_action(model):
+    critic = reward.RewardModel(model)
+    ids, mask, width = lm.join([[3, 4], [5]], [[1, 7, 2], [2, 7, 1]], 0)
+    values = ppo.response_values(critic, ids, mask, 3)
+    assert values.shape == (2, 3)
+    for t in range(3):
+        changed = ids.clone()
+        changed[:, width + t] = 8
+        now = ppo.response_values(critic, changed, mask, 3)
+        assert torch.allclose(now[:, : t + 1], values[:, : t + 1], atol=1e-6), (
+            f"V_{t} is the value before action {t}: it must not see it")
+        assert not torch.allclose(now[:, t + 1 :], values[:, t + 1 :], atol=1e-4) or t == 2
+
+
+@torch.no_grad()
+def test_what_a_rollout_holds(model):
+    torch.manual_seed(3)
+    others = [copy.deepcopy(model) for _ in range(3)]
+    for other in others:
+        for parameter in other.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    reference, reward_model, critic = others[0], *map(reward.RewardModel, others[1:])
+    queries = [[3, 9, 4], [6, 7], [5], [8, 9, 3, 4]] * 4  # some posts hold the EOS id 9
+    batch = ppo.rollout(model, reference, reward_model, critic, queries,
+                        SimpleNamespace(eos_token_id=9, pad_token_id=9), config(),
+                        lm.generator_for(0))
+    mask, kl, width = batch["mask"], batch["kl"], batch["mask"].shape[1]
+    ended = [9 in row[-width:].tolist() for row in batch["input_ids"]]
+    assert True in ended and False in ended and batch["ended"].tolist() == ended, (
+        "ended: an EOS in the summary, and not in the post or its padding")
+    scores = reward_model.score(batch["input_ids"], batch["attention_mask"])
+    expected = torch.where(torch.tensor(ended), scores, torch.tensor(-1.0))
+    assert torch.allclose(batch["scores"], expected, atol=1e-4), "-1 where no_eos, else the score"
+    by_hand = [sum((new - old) * m for new, old, m in zip(*row)) for row in zip(
+        *(batch[name].tolist() for name in ("log_probs", "ref_log_probs", "mask")))]
+    assert kl.tolist() == pytest.approx(by_hand, abs=1e-4), (
+        "KL in nats per summary: a sum over its tokens, not a mean")
+    assert kl.abs().max() > 0.1, "the reference is another model here"
+    rewards = ppo.kl_penalized_rewards(batch["scores"], batch["log_probs"], batch["ref_log_probs"],
+                                       mask, 0.05)
+    advantages, returns = ppo.compute_gae(rewards, batch["values"], mask)
+    assert torch.allclose(batch["returns"], returns, atol=1e-4), (
+        "returns are advantages + values from before whitening")
+    assert torch.allclose(batch["advantages"], advantages, atol=1e-4)
+
+
+@torch.no_grad()
+def test_every_summary_of_a_post_is_trained_on(model):
+    reward_model = reward.RewardModel(model)
+    batch = ppo.rollout(model, model, reward_model, reward_model, [[3, 4], [6]], TOKENIZER,
+                        config(return_sequences=8), lm.generator_for(0))
+    width = batch["mask"].shape[1]
+    for rows in batch["input_ids"][:, -width:].split(8):
+        assert len({tuple(row) for row in rows.tolist()}) > 3, (
+            "8 samples of a post are hardly ever the same: best of n is no sample of the policy")
+
+
+@torch.no_grad()
+def test_rollouts_are_drawn_at_the_temperature_of_their_log_probs(model):
+    reward_model = reward.RewardModel(model)
+    batch = ppo.rollout(model, model, reward_model, reward_model, QUERIES, TOKENIZER,
+                        config(temperature=1e-3), lm.generator_for(0))
+    assert batch["log_probs"][batch["mask"]].mean() > -0.1, (
+        "at temperature 0.001 the most likely token is all but certain")
+
+
+def test_reference_and_old_log_probs_stay_where_they_were(model, tmp_path):
+    run = new_run(tmp_path / "run")
+    ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES, TOKENIZER, config())
+    first, last = run.history("ppo")
+    assert abs(last["kl_per_summary"]) > 1e-3, (
+        "KL 0 to the SFT model after an update: is the reference the policy itself?")
+    assert first["policy_clip_fraction"] > 0, (
+        "no ratio ever left 1 +- 0.2 in four passes: are the old log-probs computed anew?")
+
+
+def changed_by(function, how):
+    return lambda *args, **kwargs: how(function(*args, **kwargs))
+
+
+# what training must use, and a change of it that no optimiser undoes (Adam forgives a factor)
+USED_BY_PPO = {
+    "penalize_missing_eos": lambda scores: -scores,
+    "kl_penalized_rewards": lambda rewards: -rewards,
+    "compute_gae": lambda pair: (pair[0].abs(), pair[1] + 1), "whiten": torch.abs,
+    "policy_loss": lambda pair: (-pair[0], pair[1]), "value_loss": lambda pair: (-pair[0], pair[1]),
+    "get_response_mask": lambda mask: mask.cumsum(1) == 1, "linear_schedule": lambda factor: 0.5,
+    "response_log_probs": lambda x: x * torch.linspace(1, 2, x.shape[1]),
+    "response_values": lambda x: x.flip(1), "masked_mean": torch.abs}
+
+
+def ppo_weights(folder):
+    torch.manual_seed(4)
+    policy = toy.make_model(Vocabulary(eos_token_id=9, pad_token_id=0), 16, 2, 2)
+    critic = ppo.train_ppo(new_run(folder), policy, reward.RewardModel(policy), QUERIES, TOKENIZER,
+                           config(ppo_epochs=2))
+    return torch.cat([p.flatten() for m in (policy, critic) for p in m.parameters()])
+
+
+@pytest.fixture(scope="module")
+def weights_of_ppo(tmp_path_factory):
+    return ppo_weights(tmp_path_factory.mktemp("ppo") / "run")
+
+
+@pytest.mark.parametrize("name", [None, *USED_BY_PPO])
+def test_ppo_uses_what_is_pinned(name, weights_of_ppo, tmp_path, monkeypatch):
+    """With any one of the functions corrupted, other weights come out of training."""
+    if name:
+        monkeypatch.setattr(ppo, name, changed_by(getattr(ppo, name), USED_BY_PPO[name]))
+    same_weights = torch.equal(ppo_weights(tmp_path / "run"), weights_of_ppo)
+    assert same_weights == (name is None), f"PPO does not use {name}"
+
+
+USED_BY_OTHERS = [
+    (lm, "masked_mean", lambda x: -x), (lm, "get_position_ids", lambda x: x.flip(1)),
+    (lm, "get_log_probs", lambda x: x * torch.linspace(1, 2, x.shape[1])),
+    (lm, "cosine_schedule", lambda factor: 0.5), (reward, "preference_loss", lambda loss: -loss),
+    (reward, "cosine_schedule", lambda factor: 0.5)]
+
+
+@pytest.mark.parametrize("module, name, how", USED_BY_OTHERS)
+def test_sft_and_reward_model_use_what_is_pinned(module, name, how, model, tmp_path, monkeypatch):
+    def trained(folder):
+        torch.manual_seed(4)
+        fresh = copy.deepcopy(model)
+        settings = SimpleNamespace(micro_batch_size=0, sft_lr=1e-2, sft_batch_size=8, sft_epochs=1,
+                                   reward_lr=1e-2, reward_batch_size=8, reward_epochs=1)
+        if module is lm:
+            lm.train_sft(new_run(tmp_path / folder), fresh, QUERIES, [[7, 2, 9], [9]] * 8, 0,
+                         settings)
+        else:
+            fresh = reward.RewardModel(fresh)
+            pairs = [(query, [1, 7, 9], [2, 9]) for query in QUERIES]
+            reward.train_reward(new_run(tmp_path / folder), fresh, pairs, 0, settings)
+        return torch.cat([p.flatten() for p in fresh.parameters()])
+
+    before = trained("before")
+    monkeypatch.setattr(module, name, changed_by(getattr(module, name), how))
+    assert not torch.equal(before, trained("after")), f"training does not use {name}"
+
+
 def test_learning_rate_of_update_u_is_linear(model, tmp_path):
     run = new_run(tmp_path / "run")
     ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES, TOKENIZER,

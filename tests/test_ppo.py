@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from lm import get_log_probs
+from lm import get_log_probs, linear_schedule
 from ppo import (compute_gae, kl_penalized_rewards, penalize_missing_eos, policy_loss, value_loss,
                  whiten)
 from test_lm import (close, ignores_what_is_masked, keeps_types_and_inputs, refused,
@@ -63,8 +63,9 @@ def test_kl_penalized_rewards():
     # -.05 times that: -.01, .025, -.025; the score 2 comes on top at the last action
     rewards = kl_penalized_rewards(t([2]), t([LOG_PROBS]), t([REF_LOG_PROBS]), t([MASK]), .05)
     close(rewards, [[-.01, .025, 1.975, 0]], "[.01, -.025, 2.025, 0]: the sign of the KL is "
-          "log_probs - ref_log_probs; a 2 in other places: the score is paid once, at the last "
-          "action, not at the padding and not at every token")
+          "log_probs - ref_log_probs; [-.001, -.00625, 1.99375, 0] squares it; a 2 in other "
+          "places: the score is paid once, at the last action, not at the padding and not at every "
+          "token")
     close(rewards.sum(), 1.99, "a row sums to the paper's R(x, y) = score - beta KL = 2 - .05 * .2")
 
 
@@ -74,7 +75,7 @@ def test_kl_penalized_rewards_end_everywhere():
     mask = t([[1, 0, 0], [1, 1, 0], [1, 1, 1]])
     rewards = kl_penalized_rewards(t([10, 20, 30]), log_probs, ref_log_probs, mask, 1.)
     close(rewards, [[9.75, 0, 0], [-.25, 19.75, 0], [-.25, -.25, 29.75]],
-          "each row's score at its own last action")
+          "each row's score at its own last action, and nothing behind it: no KL for padding")
 
 
 def test_without_eos_the_penalty_is_paid_and_the_kl_too():
@@ -249,8 +250,8 @@ def test_whiten():
     # 1, 2, 3 and 5: mean 2.75, population variance (1.75^2 + .75^2 + .25^2 + 2.25^2) / 4 = 2.1875
     x, mask = t([[1, 2, 3, 100], [5, 100, 100, 100]]), t([[1, 1, 1, 0], [1, 0, 0, 0]])
     close(whiten(x, mask), [[-1.183216, -.507093, .169031, 0], [1.521278, 0, 0, 0]],
-          "-1.0357 takes the padding into the mean, -1.0247 divides the variance by n - 1, a mean "
-          "over each row gives [-1.22, 0, 1.22] and [0]")
+          "-1.0357 takes the padding into the mean, -1.0247 divides the variance by n - 1, 1.5668 "
+          "adds the mean back, a mean over each row gives [-1.22, 0, 1.22] and [0]")
 
 
 def test_whiten_adds_1e_8_to_the_variance():
@@ -300,8 +301,9 @@ def test_policy_loss():
     # max(-A rho, -A clip(rho, .8, 1.2)): -1.2, 1.5, -.5, .8, -2.2; their mean is -1.6 / 5
     log_probs, old = t([RATIOS]).log() - 3, t([[-3] * 5])
     loss, clip_fraction = policy_loss(log_probs, old, t([ADVANTAGES]), torch.ones(1, 5))
-    close(loss, -.32, "the larger of two losses: -0.56 takes the smaller one, 0.32 has the wrong "
-          "sign, -0.44 never clips")
+    close(loss, -.32, "the larger of two losses: -0.56 takes the smaller one, 0.56 has the wrong "
+          "sign, -0.44 never clips or takes the clipped one always, -0.38 clips large ratios only, "
+          "-0.177 turns the ratio upside down")
     close(clip_fraction, .4, "clipped where the clipped loss is strictly larger (the 1st and the "
           "4th); 0.8 counts every ratio outside the range")
 
@@ -435,7 +437,7 @@ def test_value_loss():
     loss, clip_fraction = value_loss(t([[1.5, 1.1, .5]]), t([[1, 1, 1]]), t([[2, 2, 2]]),
                                      torch.ones(1, 3))
     close(loss, 3.7 / 6, "1.2333 forgets the 1/2, 0.4167 takes the smaller error, 0.5517 never "
-          "clips")
+          "clips, or around the returns")
     close(clip_fraction, 1 / 3, "clipped where the clipped error is strictly larger: the first one")
 
 
@@ -531,3 +533,35 @@ def test_value_loss_against_a_loop(seed):
     loss, clip_fraction = value_loss(t(values), t(old), t(returns), torch.tensor(mask), .3)
     close(loss, total / count / 2, "loop oracle", 1e-12)
     close(clip_fraction, clipped / count, "loop oracle, clip fraction")
+
+
+# ---------------------------------------------------------------------------- a bandit
+
+
+@pytest.mark.parametrize("beta, best", [(1., [.179, .291944, .529056]),
+                                        (.5, [.036667, .162559, .800774])])
+def test_ppo_on_a_bandit_ends_at_the_closed_form(beta, best):
+    """One-token summaries y = 0, 1, 2 with pi_SFT = [.5, .3, .2] and rewards 0, 1, 2: the best
+    policy is pi_SFT exp(r / beta), normalised. Each batch holds y as often as the policy says, so
+    nothing is random. Whitened advantages never get small: the learning rate has to."""
+    reference, scores = t([.5, .3, .2]).log(), t([0, 1, 2])
+    logits, value = reference.clone().requires_grad_(), t([0.]).requires_grad_()
+    for step in range(150):
+        y = torch.arange(3).repeat_interleave((logits.softmax(0) * 500).round().long())
+        labels, mask = torch.stack([0 * y, y], 1), torch.ones(len(y), 1)
+        old = get_log_probs(logits.expand(len(y), 2, 3), labels).detach()
+        rewards = kl_penalized_rewards(scores[y], old, reference[y][:, None], mask, beta)
+        old_values = value.detach().expand(len(y), 1)
+        advantages, returns = compute_gae(rewards, old_values, mask)
+        advantages = whiten(advantages, mask)
+        for _ in range(2):
+            new = get_log_probs(logits.expand(len(y), 2, 3), labels)
+            loss = policy_loss(new, old, advantages, mask)[0]
+            loss = loss + value_loss(value.expand(len(y), 1), old_values, returns, mask)[0]
+            gradients = torch.autograd.grad(loss, [logits, value])
+            with torch.no_grad():
+                for x, gradient in zip((logits, value), gradients):
+                    x -= .3 * linear_schedule(step, 150) * gradient
+    close(logits.softmax(0), best, "pi_SFT exp(r / beta)", .01)
+    # beta log E_SFT[exp(r / beta)], what the best policy gets on average after the penalty
+    close(value, [{1.: 1.027222, .5: 1.306369}[beta]], "V is the mean of r - beta KL", .02)

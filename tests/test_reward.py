@@ -92,6 +92,7 @@ def table_reward(scores):
     with torch.no_grad():
         every = torch.arange(len(scores))[:, None]
         hidden = language_model.transformer(every).last_hidden_state[:, 0].double()
+        assert model.head.bias == 0, "the bias of the head starts at 0"
         model.head.weight.copy_(torch.linalg.pinv(hidden) @ t(scores))
     return model
 
@@ -138,7 +139,8 @@ def test_normalize_shifts_the_references_to_mean_zero():
     reward.normalize(model, queries, references, pad_id=0)
     close(model.reference_mean, 2., "the mean of the references' scores", 1e-4)
     scores = reward.score_summaries(model, queries, references, 0)
-    close(scores, [-.5, .5, -1.5, 1.5], "a shift to mean 0 and no scaling of the variance", 1e-4)
+    close(scores, [-.5, .5, -1.5, 1.5], "a shift to mean 0, no scaling of the variance, "
+          "and each score in its own place", 1e-4)
     pair = reward.score_summaries(model, queries[:2], [[5], [6]], 0)
     close(pair[0] - pair[1], 3., "the difference of 4 and 1 stays 3", 1e-4)
     reward.normalize(model, queries, references, pad_id=0)
