@@ -69,12 +69,10 @@ def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
     it, it has from reading the post."""
 
     def features(pairs):  # (N, V+1): counts of the chosen minus those of the rejected summary
-        x = torch.zeros(len(pairs), vocabulary_size + 1)
-        for row, (_, chosen, rejected) in zip(x, pairs):
-            for sign, ids in ((1.0, chosen), (-1.0, rejected)):
-                row[:-1] += sign * torch.bincount(torch.tensor(ids), minlength=vocabulary_size)
-                row[-1] += sign * len(ids) / 10
-        return x
+        x = torch.stack([torch.bincount(torch.tensor(ids), minlength=vocabulary_size).float()
+                         for pair in pairs for ids in pair[1:]])  # (2N, V)
+        x = torch.cat([x, x.sum(1, keepdim=True) / 10], 1)
+        return x[::2] - x[1::2]
 
     x, weights = features(train_pairs), torch.zeros(vocabulary_size + 1, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=0.05)
@@ -203,6 +201,7 @@ def draw(path, shape, panels, title=None):
         draw_lines(axis, rows, x, keys)
         axis.set(**labels)
         axis.grid(alpha=0.3)
+        axis.tick_params("x", rotation=90 if x == "token position" else 0)
         if labels.get("xscale") == "log":
             ticks = sorted({row[x] for row in rows})
             axis.minorticks_off()
@@ -218,7 +217,7 @@ def draw_lines(axis, rows, x, keys):
     for line, key in product(dict.fromkeys(row.get("line", "") for row in rows), keys):
         points = {}
         for row in rows:
-            if row.get("line", "") == line and row.keys() >= {*keys}:
+            if row.get("line", "") == line and None not in map(row.get, keys):
                 points.setdefault(row.get("point", row[x]), []).append((row[x], row[key]))
         if points:
             label = [key] * (len(keys) > 1 or not line) + [line] * bool(line)
@@ -226,6 +225,9 @@ def draw_lines(axis, rows, x, keys):
             xs, ys = zip(*sorted((mean(x for x, _ in pairs), [y for _, y in pairs])
                                  for pairs in points.values()))
             errors = [stdev(y) / len(y) ** 0.5 if len(y) > 1 else 0 for y in ys]
+            if x == "token position":
+                axis.bar(xs, [mean(y) for y in ys], color=colors[-1])
+                continue
             axis.errorbar(xs, [mean(y) for y in ys], errors, color=colors[-1], capsize=2,
                           linestyle=("-", "--", ":")[colors.count(colors[-1]) - 1],
                           marker="o" if len(xs) < 40 else None, markersize=4,
@@ -235,9 +237,10 @@ def draw_lines(axis, rows, x, keys):
 
 
 def draw_run(run, results):
-    """Draw curves.png into the run's folder; returns the names of the pictures."""
+    """Draw curves.png into the run's folder; returns the line of the report that shows it."""
     if find_spec("matplotlib") is None:
-        return []
+        print("no picture in the report: matplotlib is not installed (the plots extra)")
+        return 'No picture: matplotlib is not installed (`pip install -e ".[plots]"`).'
     judge, update = results["ppo_vs_sft"]["judge"], "PPO update"
     draw(run.folder / "curves.png", (2, 4), [
         # a point is the mean of 50 steps: a step has few pairs
@@ -253,7 +256,7 @@ def draw_run(run, results):
             ("judge", ["vs_reference_win_rate", "vs_sft_win_rate"], f"win rate (judge: {judge})",
              update),
             ("judge", ["true_quality"], "true quality, greedy (at most 5)", update))])
-    return ["curves.png"]
+    return "![curves.png](curves.png)"
 
 
 COMPARED = (("sft_vs_reference", "SFT against reference"),
@@ -307,12 +310,8 @@ def report(run, results, samples):
              *(f"| {key} | {value:.4g} |" for key, value in results.items()
                if isinstance(value, float)), "",
              *(f"**Warning:** {cell(text)}\n" for text in results["warnings"])]
-    pictures = draw_run(run, results)
-    lines += [f"![{name}]({name})\n" for name in pictures] or [
-        "No pictures: matplotlib is not installed (`pip install -e \".[plots]\"`).\n"]
-    if not pictures:
-        print("no pictures in the report: matplotlib is not installed (the plots extra)")
-    lines += ["## Samples", "", "| post | reference | SFT | PPO |", "|---|---|---|---|",
+    lines += [draw_run(run, results) + "\n",
+              "## Samples", "", "| post | reference | SFT | PPO |", "|---|---|---|---|",
               *("| " + " | ".join(cell(text) for text in (
                   s["post"]["title"], s["reference"], s["sft"], s["ppo"])) + " |"
                 for s in samples[:20]), ""]
@@ -390,26 +389,27 @@ class World:
         return rows, list(zip(self.encode(posts)[0], *(self.encode([], s)[1] for s in sides)))
 
     @cache
-    def reward_model(self, n, width):
+    def reward_model(self, width, n=None):
+        """Trained on n comparisons that are not held out, by default the most."""
         torch.manual_seed(self.seed)  # for the head
-        model, pairs = reward.RewardModel(self.sft(width)), self.comparisons()[1][HELD_OUT:][:n]
-        reward.train_reward(self.run(), model, pairs, self.tokenizer.pad_token_id, settings())
+        model, (_, pairs) = reward.RewardModel(self.sft(width)), self.comparisons()
+        reward.train_reward(self.run(), model, pairs[HELD_OUT:][: n or self.sizes[-1]],
+                            self.tokenizer.pad_token_id, settings())
         reward.normalize(model, *self.encode(self.posts[:1000]), self.tokenizer.pad_token_id)
         return model
 
-    def ppo(self, width, model, critic=None, evaluate=None, **changed):
-        """Policy, critic and log of PPO against a reward model. critic(policy): what to begin with
-        instead of a copy of the model; evaluate(policy, update): called after each update."""
+    @cache
+    def ppo(self, width, model=None, critic=None, evaluate=None, **changed):
+        """Policy, critic and log of PPO against a reward model, the best by default.
+        critic(policy): what to begin with instead of a copy of the model; evaluate(policy, update):
+        called after each update."""
+        model = model or self.reward_model(width)
         policy, model, run = copy.deepcopy(self.sft(width)), copy.deepcopy(model), self.run()
         if critic:
             model.__deepcopy__ = lambda memo: critic(policy)  # how train_ppo makes its critic
         critic = ppo.train_ppo(run, policy, model, self.encode(self.posts)[0], self.tokenizer,
                                settings(**changed), evaluate and partial(evaluate, policy))
         return policy, critic, run.history("ppo")
-
-    @cache
-    def tuned(self, width):
-        return self.ppo(width, self.reward_model(self.sizes[-1], width))
 
     def rollout(self, policy, model, critic):
         """ppo.rollout on the held-out posts at T = 1, and the token ids of its summaries."""
@@ -448,11 +448,11 @@ def win_rates(world):
     """Fig. 1: greedy summaries against the references; best of 16 at T = 0.7, as in G.3."""
     posts = world.held_out
     for width in world.widths:
-        score = partial(world.score, world.reward_model(world.sizes[-1], width))
+        score = partial(world.score, world.reward_model(width))
         best = best_of_n(world.write, lambda *texts: score(*texts).tolist(), world.sft(width),
                          posts[:100], 16)
         for line, texts in (("best of 16", best), ("SFT", world.write(world.sft(width), posts)),
-                            ("PPO", world.write(world.tuned(width)[0], posts))):
+                            ("PPO", world.write(world.ppo(width)[0], posts))):
             yield {"line": line, "width": width,
                    "preferred": mean(world.preferred(posts[: len(texts)], texts))}
 
@@ -460,7 +460,7 @@ def win_rates(world):
 def over_optimization(world):
     """Fig. 5: PPO against a reward model of few comparisons, measured during one run without KL
     penalty and at the end of runs with one."""
-    posts, model, rows = world.held_out, world.reward_model(WEAK, 64), []
+    posts, model, rows = world.held_out, world.reward_model(64, WEAK), []
     references = world.score(model, posts)
 
     def evaluate(beta, policy, update):
@@ -489,7 +489,7 @@ def best_of_many(world):
                "longest": [len(text.split()) for text in texts]}
     values = {"true": torch.tensor(world.preferred(pool, texts)).view(-1, total)}
     for size in (world.sizes[-1], WEAK):
-        model, line = world.reward_model(size, 64), f"reward model, {size} comparisons"
+        model, line = world.reward_model(64, size), f"reward model, {size} comparisons"
         proxies[line] = world.score(model, pool, texts)
         values[line] = torch.sigmoid(proxies[line] - world.score(model, pool)).view(-1, total)
     for line, proxy in proxies.items():
@@ -509,7 +509,7 @@ def reward_data(world):
                       "another labeler": mean(p * p + (1 - p) * (1 - p) for p in right)}
         for width in world.widths[::-1]:
             accuracies[f"width {width}"] = preference_accuracy(*(
-                score_summaries(world.reward_model(n, width), queries, side,
+                score_summaries(world.reward_model(width, n), queries, side,
                                 world.tokenizer.pad_token_id) for side in sides))
         for line, accuracy in (accuracies | {"longest": length_accuracy(pairs)}).items():
             yield {"line": line, "comparisons": n, "accuracy": accuracy}
@@ -527,22 +527,21 @@ def value_networks(world):
     for line, critic in (("separate, from the reward model", None),
                          ("separate, from scratch", from_scratch),
                          ("shared with the policy", lambda p: from_scratch(p, p.base_model))):
-        model = world.reward_model(world.sizes[-1], 64)
-        for row in (world.ppo(64, model, critic) if critic else world.tuned(64))[2]:
+        for row in world.ppo(64, critic=critic)[2] if critic else world.ppo(64)[2]:
             yield {"line": line, "step": row["step"], "reward": row["reward"],
                    "point": row["step"] // 2}  # of two updates, 128 summaries
 
 
 def tokens(world):
     """3.4: what each token of one summary is paid and worth."""
-    policy, critic, _ = world.tuned(64)
-    batch, ids = world.rollout(policy, world.reward_model(world.sizes[-1], 64), critic)
+    policy, critic, _ = world.ppo(64)
+    batch, ids = world.rollout(policy, world.reward_model(64), critic)
     batch["log_ratio"] = batch["log_probs"] - batch["ref_log_probs"]
     batch["reward"] = ppo.kl_penalized_rewards(
         batch["scores"], batch["log_probs"], batch["ref_log_probs"], batch["mask"], 0.05)
     i = int((batch["mask"].sum(1) * batch["ended"]).argmax())
     for t in range(int(batch["mask"][i].sum())):
-        yield {"position": t, "token": world.tokenizer.decode(ids[i][t])} | {
+        yield {"token position": t, "token": world.tokenizer.decode(ids[i][t])} | {
             key: batch[key][i, t].item() for key in ("log_ratio", "reward", "values", "advantages")}
 
 
@@ -562,7 +561,7 @@ FIGURES = {
     "value-network": (value_networks, "A critic of its own, made from the reward model", [
         ("step", ["reward"], "PPO update", "linear", "reward (references = 0)")]),
     "tokens": (tokens, "One summary as PPO sees it, token by token", [
-        ("position", [key], "", "linear", label) for key, label in (
+        ("token position", [key], "", "linear", label) for key, label in (
             ("log_ratio", "log PPO/SFT (nats)"), ("reward", "reward"), ("values", "value"),
             ("advantages", "advantage"))])}
 
@@ -584,7 +583,7 @@ def write_figure(path, rows, title, panels):
     if "token" in rows[0]:
         rows = [row for row in rows if row["seed"] == rows[0]["seed"]]
         ticks = {"xticks": range(len(rows)), "xticklabels": [row["token"] for row in rows]}
-        shape = len(panels), 1
+        shape = 2, 2
     draw(path.with_suffix(".png"), shape, [
         (rows, x, keys, {"xlabel": xlabel, "xscale": xscale, "ylabel": ylabel} | ticks)
         for x, keys, xlabel, xscale, ylabel in panels], title)
