@@ -491,7 +491,8 @@ def best_of_many(world):
     for size in (world.sizes[-1], WEAK):
         model, line = world.reward_model(64, size), f"reward model, {size} comparisons"
         proxies[line] = world.score(model, pool, texts)
-        values[line] = torch.sigmoid(proxies[line] - world.score(model, pool)).view(-1, total)
+        values[line] = torch.sigmoid(proxies[line].view(-1, total)
+                                     - world.score(model, posts)[:, None])
     for line, proxy in proxies.items():
         for n in (2**i for i in range(9)):
             yield {"line": line, "n": n, "kl": best_of_n_kl(n)} | {
@@ -572,7 +573,7 @@ def points(names, quick, seed):
     for name in names:
         start = time.perf_counter()
         rows[name] = [{"seed": seed, **row} for row in FIGURES[name][0](world)]
-        tqdm.write(f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s")
+        tqdm.write(f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s", sys.stderr)
     return rows
 
 

@@ -144,13 +144,15 @@ def test_the_critic_can_be_another_one_than_a_copy_of_the_reward_model(world, sh
     assert default is not model and head.abs().max() < 1e-2, "one step from the reward model"
 
 
-def test_a_name_that_is_no_figure_and_a_missing_matplotlib_are_one_line(monkeypatch, capsys):
+def test_a_name_that_is_no_figure_and_a_missing_matplotlib_are_one_line(
+        tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         figures.main(["no-such"])
     assert "over-optimization" in capsys.readouterr().err
     monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "multiprocessing", None)  # before any work
     with pytest.raises(SystemExit, match="matplotlib is not installed: pip install"):
-        figures.main(["all"])
+        figures.main(["all", "--output_dir", str(tmp_path)])
 
 
 # ---------------------------------------------------------------------------- what they show
