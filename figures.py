@@ -1,32 +1,55 @@
-"""What a person looks at: what is measured of a run, its report.md and its pictures.
+"""What a person looks at: what is measured of a run, its report.md, and the paper's figures.
 
-Without matplotlib (the plots extra) the report has everything but the pictures, and says so.
+    python figures.py all              # every figure and its numbers, into figures/
+    python figures.py win-rate         # one of them
+    python figures.py all --quick      # two seeds, few points: only the shapes
+
+The figures are made in the tiny world, where the labeler's taste is known. Without matplotlib (the
+plots extra) a run's report has everything but the picture, and says so.
 """
 
+import argparse
+import copy
 import json
+import math
+import multiprocessing
+import random
 import re
+import sys
 import textwrap
+import time
+from functools import cache, partial
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from statistics import fmean as mean
+from statistics import stdev
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 
+import lm
+import ppo
+import reward
 import toy
-from judge import best_of_n_kl, judge_pairwise, length_controlled_win_rate, win_rate
-from judge import wilson_interval
+from judge import best_of_n_kl, judge_pairwise, length_controlled_win_rate, quality_judge
+from judge import win_rate, wilson_interval
 from reward import preference_accuracy, score_summaries
 from run import peak_memory_bytes, rank
+from tldr import build_prompt, encode_prompts
 
-# One colour for one thing in every picture; Okabe-Ito, which colour-blind readers can tell apart
-COLORS = {"reward": "#0072B2", "kl": "#D55E00", "truth": "#009E73", "reference": "#E69F00",
-          "sft": "#56B4E9", "length": "#666666"}
+# One colour for one thing in every picture, found by how its label begins; Okabe-Ito, which
+# colour-blind readers can tell apart
+COLORS = {"#0072B2": ("reward", "predicted", "width", "separate, from the reward", "values"),
+          "#009E73": ("true", "labeler", "another labeler", "who knows"),
+          "#D55E00": ("kl", "log_ratio", "shared"), "#E69F00": ("vs_reference", "ROUGE"),
+          "#56B4E9": ("loss", "SFT", "vs_sft"), "#CC79A7": ("PPO", "advantages"),
+          "#000000": ("best", "entropy"), "#666666": ("length", "longest", "separate, from scr")}
 
 
 # ---------------------------------------------------------------------------- what is measured
-
-
-def mean(numbers):
-    numbers = list(numbers)
-    return sum(numbers) / len(numbers)
 
 
 def mean_words(summaries):
@@ -46,12 +69,10 @@ def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
     it, it has from reading the post."""
 
     def features(pairs):  # (N, V+1): counts of the chosen minus those of the rejected summary
-        x = torch.zeros(len(pairs), vocabulary_size + 1)
-        for row, (_, chosen, rejected) in zip(x, pairs):
-            for sign, ids in ((1.0, chosen), (-1.0, rejected)):
-                row[:-1] += sign * torch.bincount(torch.tensor(ids), minlength=vocabulary_size)
-                row[-1] += sign * len(ids) / 10
-        return x
+        x = torch.stack([torch.bincount(torch.tensor(ids), minlength=vocabulary_size).float()
+                         for pair in pairs for ids in pair[1:]])  # (2N, V)
+        x = torch.cat([x, x.sum(1, keepdim=True) / 10], 1)
+        return x[::2] - x[1::2]
 
     x, weights = features(train_pairs), torch.zeros(vocabulary_size + 1, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=0.05)
@@ -172,79 +193,71 @@ def finish(run, settings, results, ask, reward_of, posts, sft_summaries, summari
 # ---------------------------------------------------------------------------- what is drawn
 
 
-def draw_run(run, results):
-    """Draw curves.png and win_rates.png into the run's folder; returns their names."""
-    folder = run.folder
-    try:
-        import matplotlib
+def draw(path, shape, panels, title=None):
+    """Panels (rows, x, keys, labels) as a PNG, on white: it reads on light and on dark pages."""
+    from matplotlib.figure import Figure  # pyplot would look for a screen
 
-        matplotlib.use("Agg")  # no screen needed
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return []
-    stage = {name: run.history(name) for name in ("sft", "reward", "ppo", "judge")}
+    fig = Figure((2 + 4 * shape[1], 1.4 + 2.4 * shape[0]), layout="constrained")
+    for axis, (rows, x, keys, labels) in zip(fig.subplots(*shape, squeeze=False).flat, panels):
+        draw_lines(axis, rows, x, keys)
+        axis.set(**labels)
+        axis.grid(alpha=0.3)
+        axis.tick_params("x", rotation=90 if x == "token position" else 0)
+        if labels.get("xscale") == "log":
+            ticks = sorted({row[x] for row in rows})
+            axis.minorticks_off()
+            axis.set(xticks=ticks, xticklabels=ticks)
+    fig.suptitle(title, fontweight="bold")
+    fig.savefig(path, dpi=120)
 
-    fig, axes = plt.subplots(2, 3, figsize=(12, 6.5), layout="constrained")
-    curve(axes[0, 0], stage["sft"], "loss", "SFT loss (nats per token)", "step", COLORS["sft"])
-    curve(axes[0, 1], stage["reward"], "loss", "reward-model loss (nats per pair)", "step",
-          COLORS["reward"], smooth=50)
-    curve(axes[0, 2], stage["ppo"], "reward", "reward of samples (references = 0)", "PPO update",
-          COLORS["reward"])
-    curve(axes[1, 0], stage["ppo"], "kl_per_summary", "KL to SFT (nats per summary)", "PPO update",
-          COLORS["kl"])
-    curve(axes[1, 1], stage["ppo"], "length", "length of samples (tokens)", "PPO update",
-          COLORS["length"])
-    axis = axes[1, 2]
-    for name in ("reference", "sft"):
-        points = [(row["step"], *(row[f"vs_{name}_{key}"] for key in ("win_rate", "low", "high")))
-                  for row in stage["judge"] if row[f"vs_{name}_n"]]  # not if all abstained
+
+def draw_lines(axis, rows, x, keys):
+    """rows[key] against rows[x], one line for each key and each "line" that the rows name: the mean
+    of the rows of a point, which agree on "point" or else on x, +- its standard error."""
+    colors = []
+    for line, key in product(dict.fromkeys(row.get("line", "") for row in rows), keys):
+        points = {}
+        for row in rows:
+            if row.get("line", "") == line and None not in map(row.get, keys):
+                points.setdefault(row.get("point", row[x]), []).append((row[x], row[key]))
         if points:
-            x, y, low, high = zip(*points)
-            axis.plot(x, y, marker="o", color=COLORS[name], label=f"PPO against {name}")
-            axis.fill_between(x, low, high, color=COLORS[name], alpha=0.2)
-    axis.axhline(0.5, color="#666666", linewidth=0.8)
-    axis.set(title=f"win rate (judge: {results['ppo_vs_sft']['judge']})", xlabel="PPO update",
-             ylim=(0, 1.02))
-    if axis.lines[1:]:
-        axis.legend(loc="lower right")
-    fig.savefig(folder / "curves.png", dpi=100)
-    plt.close(fig)
-    names = ["curves.png"]
-
-    if any("true_quality" in row for row in stage["judge"]):
-        fig, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
-        curve(axis, stage["judge"], "true_quality", "true quality, greedy summaries (at most 5)",
-              "PPO update", COLORS["truth"])
-        fig.savefig(folder / "true_quality.png", dpi=100)
-        plt.close(fig)
-        names.append("true_quality.png")
-
-    shown = [(key.replace("_", " ").replace(" vs ", " against "), results[key])
-             for key in results if key.endswith(("vs_reference", "vs_sft"))]
-    fig, axis = plt.subplots(figsize=(7, 0.5 * len(shown) + 1.2), layout="constrained")
-    for y, (_, rate) in enumerate(shown):
-        axis.errorbar(rate["win_rate"], y, fmt="o", color=COLORS["truth"], capsize=3,
-                      xerr=[[max(0, rate["win_rate"] - rate["low"])],
-                            [max(0, rate["high"] - rate["win_rate"])]])
-    axis.axvline(0.5, color="#666666", linewidth=0.8)
-    axis.set(yticks=range(len(shown)), yticklabels=[name for name, _ in shown], xlim=(0, 1.02),
-             xlabel=f"fraction preferred, 95 % interval (judge: {results['ppo_vs_sft']['judge']})")
-    axis.invert_yaxis()
-    fig.savefig(folder / "win_rates.png", dpi=100)
-    plt.close(fig)
-    return [*names, "win_rates.png"]
+            label = [key] * (len(keys) > 1 or not line) + [line] * bool(line)
+            colors.append(next(c for c, names in COLORS.items() if label[0].startswith(names)))
+            xs, ys = zip(*sorted((mean(x for x, _ in pairs), [y for _, y in pairs])
+                                 for pairs in points.values()))
+            errors = [stdev(y) / len(y) ** 0.5 if len(y) > 1 else 0 for y in ys]
+            if x == "token position":
+                axis.bar(xs, [mean(y) for y in ys], color=colors[-1])
+                continue
+            axis.errorbar(xs, [mean(y) for y in ys], errors, color=colors[-1], capsize=2,
+                          linestyle=("-", "--", ":")[colors.count(colors[-1]) - 1],
+                          marker="o" if len(xs) < 40 else None, markersize=4,
+                          label=", ".join(label).replace("_", " "))
+    if len(colors) > 1:
+        axis.legend(fontsize="small")
 
 
-def curve(axis, rows, key, title, xlabel, color, smooth=1):
-    """One metric against the step; smooth > 1 draws the mean of that many neighbours."""
-    x, y = [row["step"] for row in rows], [row[key] for row in rows]
-    if smooth > 1 and len(y) > 2 * smooth:
-        x = x[smooth - 1 :]
-        y = [sum(y[i : i + smooth]) / smooth for i in range(len(y) - smooth + 1)]
-        title += f", mean of {smooth}"
-    axis.plot(x, y, color=color, marker="o" if len(x) < 40 else None, markersize=3)
-    axis.set(title=title, xlabel=xlabel)
-    axis.grid(alpha=0.3)
+def draw_run(run, results):
+    """Draw curves.png into the run's folder; returns the line of the report that shows it."""
+    if find_spec("matplotlib") is None:
+        print("no picture in the report: matplotlib is not installed (the plots extra)")
+        return 'No picture: matplotlib is not installed (`pip install -e ".[plots]"`).'
+    judge, update = results["ppo_vs_sft"]["judge"], "PPO update"
+    draw(run.folder / "curves.png", (2, 4), [
+        # a point is the mean of 50 steps: a step has few pairs
+        ([row | {"point": row["step"] // (50 if stage == "reward" else 1)}
+          for row in run.history(stage)], "step", keys, {"title": title, "xlabel": xlabel})
+        for stage, keys, title, xlabel in (
+            ("sft", ["loss"], "SFT loss (nats per token)", "step"),
+            ("reward", ["loss"], "reward-model loss (nats per pair)", "step, means of 50"),
+            ("ppo", ["reward"], "reward of samples (references = 0)", update),
+            ("ppo", ["kl_per_summary"], "KL to SFT (nats per summary)", update),
+            ("ppo", ["length"], "length of samples (tokens)", update),
+            ("ppo", ["entropy"], "entropy of samples (nats per token)", update),
+            ("judge", ["vs_reference_win_rate", "vs_sft_win_rate"], f"win rate (judge: {judge})",
+             update),
+            ("judge", ["true_quality"], "true quality, greedy (at most 5)", update))])
+    return "![curves.png](curves.png)"
 
 
 COMPARED = (("sft_vs_reference", "SFT against reference"),
@@ -310,13 +323,306 @@ def report(run, results, samples):
              *(f"| {key} | {value:.4g} |" for key, value in results.items()
                if isinstance(value, float)), "",
              *(f"**Warning:** {cell(text)}\n" for text in results["warnings"])]
-    pictures = draw_run(run, results)
-    lines += [f"![{name}]({name})\n" for name in pictures] or [
-        "No pictures: matplotlib is not installed (`pip install -e \".[plots]\"`).\n"]
-    if not pictures:
-        print("no pictures in the report: matplotlib is not installed (the plots extra)")
-    lines += ["## Samples", "", "| post | reference | SFT | PPO |", "|---|---|---|---|",
+    lines += [draw_run(run, results) + "\n",
+              "## Samples", "", "| post | reference | SFT | PPO |", "|---|---|---|---|",
               *("| " + " | ".join(cell(text) for text in (
                   s["post"]["title"], s["reference"], s["sft"], s["ppo"])) + " |"
                 for s in samples[:20]), ""]
     run.write("report.md", "\n".join(lines))
+
+
+# ---------------------------------------------------------------------------- the tiny world
+
+HELD_OUT = 1500  # comparisons to measure accuracy on
+WEAK = 2000  # comparisons for a reward model that can be over-optimized
+
+
+def settings(**changed):
+    """The default settings of all stages, but for those that are given."""
+    parts = lm.SFTConfig(), lm.ModelConfig(), reward.RewardConfig(), ppo.PPOConfig()
+    return SimpleNamespace(**{key: x for part in parts for key, x in vars(part).items()} | changed)
+
+
+class World:
+    """One seed of the tiny world: its posts, and models by width, trained once and kept."""
+
+    def __init__(self, seed, quick):
+        self.seed, self.widths = seed, (64,) if quick else (16, 32, 64)
+        self.sizes = (500, 4000) if quick else (500, 1000, 2000, 4000, 12000)  # of reward data
+        n = 6600 if quick else 16400  # a sixth of the pairs are identical summaries
+        posts = toy.make_posts(300 + n + 12800, seed)
+        self.held_out, self.compared, self.posts = posts[:300], posts[300:-12800], posts[-12800:]
+        self.tokenizer = toy.make_tokenizer([f"{build_prompt(post)} {post['summary']}"
+                                             for post in self.posts[:5000]])
+
+    def run(self):
+        """In memory, what a stage asks of a run.Run."""
+        lines, worker = [], multiprocessing.current_process()._identity or (0,)
+        return SimpleNamespace(
+            seed=self.seed, history=lambda stage: lines, warn=lambda *_: None,
+            log=lambda stage, step, **metrics: lines.append({"step": step, **metrics}),
+            steps=lambda stage, total, **_: tqdm(range(total), f"seed {self.seed}, {stage}",
+                                                 position=worker[0], leave=False, disable=None))
+
+    def encode(self, posts, summaries=None):
+        """Queries and responses as token ids; the references where no summaries are given."""
+        texts = [post["summary"] for post in posts] if summaries is None else summaries
+        return (encode_prompts(posts, self.tokenizer, 512),
+                [lm.encode_response(text, self.tokenizer, 128) for text in texts])
+
+    def write(self, model, posts, temperature=0.0, *stream):
+        return [lm.decode_response(ids, self.tokenizer) for ids in lm.sample_responses(
+            model, self.tokenizer, self.encode(posts)[0], 48, temperature,
+            lm.generator_for(self.seed, *stream))]
+
+    def score(self, model, posts, summaries=None):
+        return score_summaries(model, *self.encode(posts, summaries), self.tokenizer.pad_token_id)
+
+    def preferred(self, posts, summaries):
+        """1, 1/2 or 0 for each: does the labeler really prefer it to the reference?"""
+        references = [post["summary"] for post in posts]
+        return judge_pairwise(quality_judge(toy.true_quality), posts, summaries, references)
+
+    @cache
+    def sft(self, width):
+        torch.manual_seed(self.seed)
+        model = toy.make_model(self.tokenizer, width)
+        lm.train_sft(self.run(), model, *self.encode(self.posts), self.tokenizer.pad_token_id,
+                     settings())
+        return model
+
+    @cache
+    def comparisons(self):
+        """Rows and encoded pairs: one set for models of all widths, as in the paper."""
+        samples = [self.write(self.sft(64), self.compared[: len(self.compared) // k], 1.0, k)
+                   for k in (2, 4)]
+        rows = toy.make_comparisons(self.compared, *samples, self.seed)
+        random.Random(self.seed).shuffle(rows)
+        posts, *sides = ([row[key] for row in rows] for key in ("post", "chosen", "rejected"))
+        return rows, list(zip(self.encode(posts)[0], *(self.encode([], s)[1] for s in sides)))
+
+    @cache
+    def reward_model(self, width, n=None):
+        """Trained on n comparisons that are not held out, by default the most."""
+        torch.manual_seed(self.seed)  # for the head
+        model, (_, pairs) = reward.RewardModel(self.sft(width)), self.comparisons()
+        reward.train_reward(self.run(), model, pairs[HELD_OUT:][: n or self.sizes[-1]],
+                            self.tokenizer.pad_token_id, settings())
+        reward.normalize(model, *self.encode(self.posts[:1000]), self.tokenizer.pad_token_id)
+        return model
+
+    @cache
+    def ppo(self, width, model=None, critic=None, evaluate=None, **changed):
+        """Policy, critic and log of PPO against a reward model, the best by default.
+        critic(policy): what to begin with instead of a copy of the model; evaluate(policy, update):
+        called after each update."""
+        model = model or self.reward_model(width)
+        policy, model, run = copy.deepcopy(self.sft(width)), copy.deepcopy(model), self.run()
+        if critic:
+            model.__deepcopy__ = lambda memo: critic(policy)  # how train_ppo makes its critic
+        critic = ppo.train_ppo(run, policy, model, self.encode(self.posts)[0], self.tokenizer,
+                               settings(**changed), evaluate and partial(evaluate, policy))
+        return policy, critic, run.history("ppo")
+
+    def rollout(self, policy, model, critic):
+        """ppo.rollout on the held-out posts at T = 1, and the token ids of its summaries."""
+        batch = ppo.rollout(policy, self.sft(64), model, critic, self.encode(self.held_out)[0],
+                            self.tokenizer, settings(), lm.generator_for(self.seed, "measure"))
+        return batch, batch["input_ids"][:, -batch["mask"].shape[1] :].tolist()
+
+
+# ---------------------------------------------------------------------------- the paper's figures
+
+
+def rouge_l(summary, reference):
+    """F1 of the longest common subsequence of words, 0 to 1 (Lin 2004)."""
+    ours, theirs = summary.split(), reference.split()
+    longest = [0] * (len(theirs) + 1)  # [j]: of ours up to here and the first j words of theirs
+    for word in ours:
+        above = longest[:]
+        for j, other in enumerate(theirs):
+            longest[j + 1] = above[j] + 1 if word == other else max(above[j + 1], longest[j])
+    return 2 * longest[-1] / max(1, len(ours) + len(theirs))
+
+
+def expected_best_of(n, proxies, golds):
+    """Gold value of the best of n by proxy, estimated without bias from all N >= n samples of each
+    post: sum over k of C(k-1, n-1) / C(N, n) times the gold of the k-th by proxy, ascending.
+
+    proxies, golds: (posts, N) -> the mean over the posts. Paper: App. G.3.
+    """
+    total = proxies.shape[1]
+    weights = [math.comb(k, n - 1) / math.comb(total, n) for k in range(total)]  # k = 0: the worst
+    ordered = golds.double().gather(1, proxies.argsort(dim=1, stable=True))
+    return (ordered @ torch.tensor(weights, dtype=torch.float64)).mean().item()
+
+
+def win_rates(world):
+    """Fig. 1: greedy summaries against the references; best of 16 at T = 0.7, as in G.3."""
+    posts = world.held_out
+    for width in world.widths:
+        score = partial(world.score, world.reward_model(width))
+        best = best_of_n(world.write, lambda *texts: score(*texts).tolist(), world.sft(width),
+                         posts[:100], 16)
+        for line, texts in (("best of 16", best), ("SFT", world.write(world.sft(width), posts)),
+                            ("PPO", world.write(world.ppo(width)[0], posts))):
+            yield {"line": line, "width": width,
+                   "preferred": mean(world.preferred(posts[: len(texts)], texts))}
+
+
+def over_optimization(world):
+    """Fig. 5: PPO against a reward model of few comparisons, measured during one run without KL
+    penalty and at the end of runs with one."""
+    posts, model, rows = world.held_out, world.reward_model(64, WEAK), []
+    references = world.score(model, posts)
+
+    def evaluate(beta, policy, update):
+        if update in ((0, 3, 6, 10, 15, 20, 25, 30, 40, 50) if beta == 0 else (50,)):
+            batch, ids = world.rollout(policy, model, model)
+            texts = [lm.decode_response(row, world.tokenizer) for row in ids]
+            rows.append({"kl_beta": beta, "kl_per_summary": batch["kl"].mean().item(),
+                         "predicted": torch.sigmoid(batch["scores"] - references).mean().item(),
+                         "true": mean(world.preferred(posts, texts)), "point": f"{beta} {update}",
+                         "line": "during a run without penalty" if beta == 0 else "end of runs"})
+
+    evaluate(0.0, world.sft(64), 0)
+    for beta in (0.0, 0.03, 0.2)[: len(world.widths)]:
+        world.ppo(64, model, evaluate=partial(evaluate, beta), kl_beta=beta, ppo_episodes=50 * 64,
+                  return_sequences=4, ppo_lr=2e-4)
+    return rows
+
+
+def best_of_many(world):
+    """Fig. 7 and Table 10: from one pool of samples for each post, at T = 0.7."""
+    posts, total = world.held_out[:60], 256
+    pool = [post for post in posts for _ in range(total)]
+    texts = world.write(world.sft(64), pool, 0.7, "pool")
+    proxies = {"labeler": list(map(toy.true_quality, pool, texts)),
+               "ROUGE-L": [rouge_l(text, post["summary"]) for post, text in zip(pool, texts)],
+               "longest": [len(text.split()) for text in texts]}
+    values = {"true": torch.tensor(world.preferred(pool, texts)).view(-1, total)}
+    for size in (world.sizes[-1], WEAK):
+        model, line = world.reward_model(64, size), f"reward model, {size} comparisons"
+        proxies[line] = world.score(model, pool, texts)
+        values[line] = torch.sigmoid(proxies[line].view(-1, total)
+                                     - world.score(model, posts)[:, None])
+    for line, proxy in proxies.items():
+        for n in (2**i for i in range(9)):
+            yield {"line": line, "n": n, "kl": best_of_n_kl(n)} | {
+                key: expected_best_of(n, torch.as_tensor(proxy).view(-1, total), values[name])
+                for key, name in (("true", "true"), ("predicted", line)) if name in values}
+
+
+def reward_data(world):
+    """Fig. 6: accuracy on held-out labels, beside a second labeler and the best possible."""
+    rows, pairs = (part[:HELD_OUT] for part in world.comparisons())
+    queries, *sides = zip(*pairs)
+    right = [1 / (1 + math.exp(-row["gap"] / toy.NOISE)) for row in rows]  # chance of this label
+    for n in world.sizes:
+        accuracies = {"who knows the taste": toy.label_ceiling(rows),
+                      "another labeler": mean(p * p + (1 - p) * (1 - p) for p in right)}
+        for width in world.widths[::-1]:
+            accuracies[f"width {width}"] = preference_accuracy(*(
+                score_summaries(world.reward_model(width, n), queries, side,
+                                world.tokenizer.pad_token_id) for side in sides))
+        for line, accuracy in (accuracies | {"longest": length_accuracy(pairs)}).items():
+            yield {"line": line, "comparisons": n, "accuracy": accuracy}
+
+
+def value_networks(world):
+    """Fig. 11 (G.1): where the critic's weights come from. A trunk shared with the policy gets a
+    step of Adam for each of the two losses in turn."""
+    def from_scratch(policy, trunk=None):
+        torch.manual_seed(world.seed)
+        critic = reward.RewardModel(toy.make_model(world.tokenizer, 64))
+        critic.trunk = trunk or critic.trunk
+        return critic
+
+    for line, critic in (("separate, from the reward model", None),
+                         ("separate, from scratch", from_scratch),
+                         ("shared with the policy", lambda p: from_scratch(p, p.base_model))):
+        for row in world.ppo(64, critic=critic)[2] if critic else world.ppo(64)[2]:
+            yield {"line": line, "step": row["step"], "reward": row["reward"],
+                   "point": row["step"] // 2}  # of two updates, 128 summaries
+
+
+def tokens(world):
+    """3.4: what each token of one summary is paid and worth."""
+    policy, critic, _ = world.ppo(64)
+    batch, ids = world.rollout(policy, world.reward_model(64), critic)
+    batch["log_ratio"] = batch["log_probs"] - batch["ref_log_probs"]
+    batch["reward"] = ppo.kl_penalized_rewards(
+        batch["scores"], batch["log_probs"], batch["ref_log_probs"], batch["mask"], 0.05)
+    i = int((batch["mask"].sum(1) * batch["ended"]).argmax())
+    for t in range(int(batch["mask"][i].sum())):
+        yield {"token position": t, "token": world.tokenizer.decode(ids[i][t])} | {
+            key: batch[key][i, t].item() for key in ("log_ratio", "reward", "values", "advantages")}
+
+
+# What yields the points of one seed; the claim; panels: x, lines, label and scale of x, label of y
+PREFERRED = "fraction preferred to the reference"
+FIGURES = {
+    "win-rate": (win_rates, "Learning from feedback beats imitation", [
+        ("width", ["preferred"], "width of the model", "log", PREFERRED)]),
+    "over-optimization": (over_optimization, "Too much reward makes summaries worse", [
+        ("kl_per_summary", ["predicted", "true"], "KL from SFT (nats per summary)", "symlog",
+         PREFERRED)]),
+    "best-of-n": (best_of_many, "The best of n is as good as the taste of who picks it", [
+        ("n", ["true"], "samples to pick from, n", "log", PREFERRED + ", truly"),
+        ("kl", ["predicted", "true"], "KL from SFT, log n - (n-1)/n (nats)", "linear", PREFERRED)]),
+    "reward-data": (reward_data, "More comparisons make a better reward model", [
+        ("comparisons", ["accuracy"], "comparisons to train on", "log", "accuracy, held out")]),
+    "value-network": (value_networks, "A critic of its own, made from the reward model", [
+        ("step", ["reward"], "PPO update", "linear", "reward (references = 0)")]),
+    "tokens": (tokens, "One summary as PPO sees it, token by token", [
+        ("token position", [key], "", "linear", label) for key, label in (
+            ("log_ratio", "log PPO/SFT (nats)"), ("reward", "reward"), ("values", "value"),
+            ("advantages", "advantage"))])}
+
+
+def points(names, quick, seed):
+    """Rows of each figure for one seed."""
+    world, rows = World(seed, quick), {}
+    for name in names:
+        start = time.perf_counter()
+        rows[name] = [{"seed": seed, **row} for row in FIGURES[name][0](world)]
+        tqdm.write(f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s", sys.stderr)
+    return rows
+
+
+def write_figure(path, rows, title, panels):
+    """The rows as JSON and, over all seeds, as a picture; of tokens, which differ, the first."""
+    path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    shape, ticks = (1, len(panels)), {}
+    if "token" in rows[0]:
+        rows = [row for row in rows if row["seed"] == rows[0]["seed"]]
+        ticks = {"xticks": range(len(rows)), "xticklabels": [row["token"] for row in rows]}
+        shape = 2, 2
+    draw(path.with_suffix(".png"), shape, [
+        (rows, x, keys, {"xlabel": xlabel, "xscale": xscale, "ylabel": ylabel} | ticks)
+        for x, keys, xlabel, xscale, ylabel in panels], title)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="The paper's figures, in the tiny world.")
+    parser.add_argument("name", choices=[*FIGURES, "all"])
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2 3 4; quick: 0 1")
+    parser.add_argument("--quick", action="store_true", help="fewer seeds and points")
+    parser.add_argument("--output_dir", default="figures", type=Path, help="for PNG and JSON")
+    options = parser.parse_args(arguments)
+    if find_spec("matplotlib") is None:
+        sys.exit('figures: matplotlib is not installed: pip install -e ".[plots]"')
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    seeds = options.seeds or range(2 if options.quick else 5)
+    rows = {name: [] for name in FIGURES if options.name in (name, "all")}
+    with multiprocessing.get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
+        results = pool.imap(partial(points, list(rows), options.quick), seeds)
+        for result in tqdm(results, "seeds", len(seeds), disable=None):
+            for name, (_, title, panels) in FIGURES.items():
+                if name in rows:  # drawn anew with each seed
+                    rows[name] += result[name]
+                    write_figure(options.output_dir / name, rows[name], title, panels)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The paper's figures: what they compute, by pencil and by brute force; slow: what they show."""
+
+import itertools
+import json
+import math
+import random
+import statistics
+
+import pytest
+import torch
+
+import figures
+import toy
+
+Figure = pytest.importorskip("matplotlib.figure").Figure
+torch.set_num_threads(1)
+
+
+# ---------------------------------------------------------------------------- ROUGE-L
+
+
+@pytest.mark.parametrize("summary, reference, f1", [
+    ("police kill the gunman", "police killed the gunman", 0.75),
+    ("the gunman kill police", "police killed the gunman", 0.50),
+    ("a c x e", "a b c d e f", 0.6),  # P = 3/4, R = 3/6
+    ("one and the same", "one and the same", 1.0),
+    ("nothing of it", "in common", 0.0), ("", "a b", 0.0), ("a b", "", 0.0), ("", "", 0.0)])
+def test_rouge_l_by_pencil(summary, reference, f1):
+    assert figures.rouge_l(summary, reference) == pytest.approx(f1)
+
+
+def test_rouge_l_against_all_subsequences():
+    def subsequences(words):
+        return {tuple(itertools.compress(words, keep))
+                for keep in itertools.product([0, 1], repeat=len(words))}
+
+    rng = random.Random(0)
+    for _ in range(50):
+        ours, theirs = ([rng.choice("abc") for _ in range(rng.randint(1, 6))] for _ in "xy")
+        common = max(map(len, subsequences(ours) & subsequences(theirs)))
+        expected = 2 * common / (len(ours) + len(theirs))
+        assert figures.rouge_l(" ".join(ours), " ".join(theirs)) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------- best of n
+
+
+def test_best_of_n_by_pencil():
+    proxy, gold = torch.tensor([[0.1, 0.4, 0.2, 0.9]]), torch.tensor([[1.0, 2.0, 3.0, 0.0]])
+    for n, expected in ((1, 1.5), (2, 7 / 6), (3, 0.5), (4, 0.0)):
+        assert figures.expected_best_of(n, proxy, gold) == pytest.approx(expected)
+
+
+def test_best_of_n_is_the_mean_over_all_subsets():
+    generator = torch.Generator().manual_seed(0)
+    proxies, golds = (torch.rand(3, 6, generator=generator) for _ in "xy")
+    for n in range(1, 7):
+        picked = [gold[max(subset, key=proxy.__getitem__)].item()
+                  for proxy, gold in zip(proxies, golds)
+                  for subset in itertools.combinations(range(6), n)]
+        assert figures.expected_best_of(n, proxies, golds) == pytest.approx(
+            statistics.fmean(picked))
+
+
+# ---------------------------------------------------------------------------- what is drawn
+
+
+def drawn(rows, x, keys):
+    """What stands on an axis: {label: (x, y, half of the interval)}."""
+    axis = Figure().subplots()
+    figures.draw_lines(axis, rows, x, keys)
+    return {bar.get_label(): (*(list(data) for data in bar[0].get_data()),
+                              [(top - bottom) / 2 for (_, bottom), (_, top)
+                               in bar[2][0].get_segments()])
+            for bar in axis.containers}
+
+
+def test_a_line_is_the_mean_over_seeds_with_its_standard_error():
+    rows = [{"seed": seed, "line": "PPO", "width": width, "preferred": preferred}
+            for width, values in ((64, (0.7, 0.8, 0.9)), (32, (0.5, 0.5, 0.5)))
+            for seed, preferred in enumerate(values)]
+    lines = drawn(rows, "width", ["preferred"])
+    assert list(lines) == ["PPO"]
+    x, y, error = lines["PPO"]
+    assert x == [32, 64] and y == pytest.approx([0.5, 0.8])
+    assert error == pytest.approx([0, 0.1 / math.sqrt(3)])
+
+
+def test_points_of_unequal_x_are_averaged_where_they_belong_together():
+    rows = [{"seed": seed, "point": point, "kl": kl, "true": true}
+            for seed, point, kl, true in ((0, "a", 1.0, 0.4), (1, "a", 3.0, 0.6),
+                                          (0, "b", 9.0, 0.1), (1, "b", 11.0, 0.3))]
+    x, y, _ = drawn(rows, "kl", ["true"])["true"]
+    assert x == [2, 10] and y == pytest.approx([0.5, 0.2])
+
+
+def test_two_keys_are_two_lines_of_their_own_colours():
+    rows = [{"n": n, "line": line, "true": 0.1 * n} | ({"predicted": 0.2 * n} if sees else {})
+            for n in (1, 2) for line, sees in (("reward model", True), ("longest", False))]
+    assert set(drawn(rows, "n", ["predicted", "true"])) == {
+        "predicted, reward model", "true, reward model"}  # longest predicts nothing
+    assert set(drawn(rows, "n", ["true"])) == {"reward model", "longest"}
+
+
+def test_a_rate_over_nothing_and_a_stage_without_rows_are_not_drawn():
+    assert drawn([], "step", ["loss"]) == {}
+    rows = [{"step": 1, "true_quality": None}, {"step": 2, "true_quality": 0.5}]
+    assert drawn(rows, "step", ["true_quality"])["true quality"][:2] == ([2], [0.5])
+
+
+# ---------------------------------------------------------------------------- the tiny world
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A world without training, small enough for a fast test."""
+    world = figures.World.__new__(figures.World)
+    posts = toy.make_posts(40, 0)
+    world.seed, world.posts, world.held_out = 0, posts[:32], posts[32:]
+    world.tokenizer = toy.make_tokenizer([post["post"] for post in posts])
+    torch.manual_seed(0)
+    model = toy.make_model(world.tokenizer, 16)
+    world.sft = lambda width: model
+    return world
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_critic_can_be_another_one_than_a_copy_of_the_reward_model(world, shared):
+    model, made = figures.reward.RewardModel(world.sft(16)), []
+
+    def critic(policy):
+        made.append(figures.reward.RewardModel(policy))
+        if shared:
+            made[0].trunk = policy.base_model
+        return made[0]
+
+    small = {"ppo_episodes": 8, "ppo_batch_size": 8, "ppo_epochs": 1, "response_length": 8}
+    policy, trained, log = world.ppo(16, model, critic, **small)
+    assert trained is made[0] and len(log) == 1
+    assert (trained.trunk is policy.base_model) == shared
+    assert not any(p.grad is not None for p in model.parameters()), "the reward model is not trained"
+    _, default, _ = world.ppo(16, model, **small)
+    head = default.head.weight - model.head.weight
+    assert default is not model and head.abs().max() < 1e-2, "one step from the reward model"
+
+
+def test_a_name_that_is_no_figure_and_a_missing_matplotlib_are_one_line(
+        tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        figures.main(["no-such"])
+    assert "over-optimization" in capsys.readouterr().err
+    monkeypatch.setattr(figures, "find_spec", lambda name: None)
+    monkeypatch.setattr(figures, "multiprocessing", None)  # before any work
+    with pytest.raises(SystemExit, match="matplotlib is not installed: pip install"):
+        figures.main(["all", "--output_dir", str(tmp_path)])
+
+
+# ---------------------------------------------------------------------------- what they show
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    figures.main(["all", "--quick", "--output_dir", str(folder)])
+    return folder
+
+
+def by_seeds(folder, name, by, key, **wanted):
+    """{point: mean of key over the seeds}."""
+    points = {}
+    for row in json.loads((folder / f"{name}.json").read_text()):
+        if all(row[k] == value for k, value in wanted.items()):
+            points.setdefault(row[by], []).append(row[key])
+    return {point: statistics.fmean(values) for point, values in points.items()}
+
+
+@pytest.mark.slow
+def test_every_figure_has_its_picture_and_its_points(quick):
+    for name in figures.FIGURES:
+        assert (quick / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+        rows = json.loads((quick / f"{name}.json").read_text())
+        assert {row["seed"] for row in rows} == {0, 1}
+    assert {"seed", "kl_beta", "kl_per_summary", "predicted", "true"} <= json.loads(
+        (quick / "over-optimization.json").read_text())[0].keys()
+
+
+@pytest.mark.slow
+def test_over_optimization_the_truth_falls_while_the_prediction_is_at_its_maximum(quick):
+    kl, predicted, true = (by_seeds(quick, "over-optimization", "point", key)
+                           for key in ("kl_per_summary", "predicted", "true"))
+    last = max(kl, key=kl.get)
+    assert predicted[last] == max(predicted.values())
+    assert true[last] < max(true.values()) - 0.1
+
+
+@pytest.mark.slow
+def test_accuracy_grows_with_data_and_stays_below_the_ceiling(quick):
+    accuracy = by_seeds(quick, "reward-data", "comparisons", "accuracy", line="width 64")
+    ceiling = by_seeds(quick, "reward-data", "comparisons", "accuracy", line="who knows the taste")
+    assert accuracy[500] < accuracy[4000] < ceiling[4000]
+
+
+@pytest.mark.slow
+def test_best_of_n_the_prediction_grows_and_only_the_labelers_pick_keeps_up(quick):
+    weak = f"reward model, {figures.WEAK} comparisons"
+    predicted = by_seeds(quick, "best-of-n", "n", "predicted", line=weak)
+    assert list(predicted.values()) == sorted(predicted.values())
+    best = by_seeds(quick, "best-of-n", "n", "true", line="labeler")
+    for line in (weak, "ROUGE-L", "longest"):
+        assert by_seeds(quick, "best-of-n", "n", "true", line=line)[256] < best[256]
