@@ -271,7 +271,7 @@ def restarted(folder):
 
     Run.remove = slow_remove
     try:
-        whole_run(folder, "--restart", load_given=lambda *_: (None, None), supervise=look,
+        whole_run(folder, "--restart", load_given=lambda *_: (None,) * 3, supervise=look,
                   load_data=lambda *_: ([], [], [], []))
     finally:
         Run.remove = remove
