@@ -248,8 +248,7 @@ def check_memory(plan, available, where):
 # ---------------------------------------------------------------------------- may we write there?
 
 OURS = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.md", "curves.png",
-        "true_quality.png", "win_rates.png", "sft", "reward_model", "policy", "critic",
-        "checkpoints", ".partial", ".lock")
+        "sft", "reward_model", "policy", "critic", "checkpoints", ".partial", ".lock")
 MAY_DIFFER = {"resume", "restart", "output_dir", "save_seconds", "files", "environment"}
 
 

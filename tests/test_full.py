@@ -884,8 +884,7 @@ def test_the_full_path(hub, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "memory: about" in out and f"judge {hub / 'judge'}: agrees with" in out
     results, lines = check_run(tmp_path / "run", hub, 4)
-    for name in ("curves.png", "win_rates.png"):
-        assert (tmp_path / "run" / name).stat().st_size > 1000
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 1000
     assert any(line["stage"] == "reward" for line in lines) and "reward" in results["seconds"]
     last = [line for line in lines if line["stage"] == "ppo"][-1]
     assert abs(last["kl_per_summary"]) > 1e-6, "the adapters never moved"
@@ -926,6 +925,7 @@ def test_a_stopped_run_with_adapters_goes_on(hub, tmp_path, monkeypatch):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_fast_dev_run_of_the_full_preset_trains_no_stage_that_is_given(hub, tmp_path, monkeypatch,
                                                                       capsys):
     """Every model and file a local one, the reward model too."""
@@ -934,7 +934,7 @@ def test_fast_dev_run_of_the_full_preset_trains_no_stage_that_is_given(hub, tmp_
     given.reference_mean.fill_(0.25)
     given.save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    monkeypatch.setattr(figures, "draw_run", lambda *_: [])  # two seconds
+    monkeypatch.setattr(figures, "draw_run", lambda *_: "")  # two seconds
     monkeypatch.setattr(rlhf_minimal, "train_sft", no_network)
     monkeypatch.setattr(rlhf_minimal, "train_reward", no_network)
     monkeypatch.setattr(rlhf_minimal, "go_offline_unless_reachable", no_network)

@@ -497,6 +497,7 @@ def test_warnings_come_back_with_the_checkpoint(tmp_path):
     assert again.warnings == {"kl": "too far"}
 
 
+@pytest.mark.slow
 def test_an_abstaining_judge_and_a_blind_reward_model_are_in_terminal_and_report(
         tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rlhf_minimal, "load_judge",
@@ -554,6 +555,7 @@ def test_each_stage_resumes_exactly(stage, model, tmp_path):
     assert again.lines == whole.lines
 
 
+@pytest.mark.slow
 def test_resume_of_a_finished_run_says_so_and_does_nothing(tmp_path, capsys):
     arguments = ["--fast_dev_run", "--output_dir", str(tmp_path / "run")]
     rlhf_minimal.main(arguments)
