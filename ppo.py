@@ -18,6 +18,7 @@ from lm import add_adapter, check_finite, check_mask, check_shapes, checkpoint_a
 from lm import generator_for, get_response_mask, linear_schedule, masked_mean, pad
 from lm import response_log_probs, sample, trainable, trim, update, without_adapter, zero_off
 from run import SettingError, agreed, gather, n_processes, rank, sum_over_processes
+from run import warn_of_collapse
 
 
 @dataclass
@@ -227,22 +228,6 @@ def check_first_update(log_probs, batch, tolerance=1e-4):
                 f"{gap:.2g} nats (at most {tolerance:g} expected): the ratio is not 1 or the KL not"
                 " 0. Look for dropout, position ids that count padding, a mask shifted by one, or "
                 "half precision")
-
-
-KL_BOUND = 40  # nats per summary; the paper's own runs end below 20 (Table 9)
-
-
-def warn_of_collapse(run):
-    """Say out loud what the curves of a run gone wrong show. The bounds are ours."""
-    first, *_, last = 2 * run.history("ppo")
-    if last["kl_per_summary"] > KL_BOUND:
-        run.warn("kl", f"ppo step {last['step']}: KL {last['kl_per_summary']:.0f} nats per summary,"
-                 f" beyond {KL_BOUND}: the reward model has not seen such summaries and may be "
-                 "fooled; raise kl_beta or lower ppo_lr")
-    for name, unit, part in (("length", "tokens", 4), ("entropy", "nats per token", 10)):
-        if last[name] < first[name] / part:
-            run.warn(name, f"ppo step {last['step']}: {name} {last[name]:.2g} {unit}, down from "
-                     f"{first[name]:.2g}: the policy has collapsed; raise kl_beta or lower ppo_lr")
 
 
 def posts_per_update(config):

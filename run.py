@@ -532,6 +532,22 @@ class Run:
             tqdm.write(f"warning: {text}")
 
 
+KL_BOUND = 40  # nats per summary; the paper's own runs end below 20 (Table 9)
+
+
+def warn_of_collapse(run):
+    """Say out loud what the curves of a run gone wrong show. The bounds are ours."""
+    first, *_, last = 2 * run.history("ppo")
+    if last["kl_per_summary"] > KL_BOUND:
+        run.warn("kl", f"ppo step {last['step']}: KL {last['kl_per_summary']:.0f} nats per summary,"
+                 f" beyond {KL_BOUND}: the reward model has not seen such summaries and may be "
+                 "fooled; raise kl_beta or lower ppo_lr")
+    for name, unit, part in (("length", "tokens", 4), ("entropy", "nats per token", 10)):
+        if last[name] < first[name] / part:
+            run.warn(name, f"ppo step {last['step']}: {name} {last[name]:.2g} {unit}, down from "
+                     f"{first[name]:.2g}: the policy has collapsed; raise kl_beta or lower ppo_lr")
+
+
 def peak_memory_bytes():
     """Largest resident memory of this process (Linux counts in KiB, macOS in bytes)."""
     try:
