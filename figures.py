@@ -196,7 +196,7 @@ def draw(path, shape, panels, title=None):
     """Panels (rows, x, keys, labels) as a PNG, on white: it reads on light and on dark pages."""
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
-    fig = Figure((2 + 4 * shape[1], 2 + 2.6 * shape[0]), layout="constrained")
+    fig = Figure((2 + 4 * shape[1], 2 + 3 * shape[0]), layout="constrained")
     for axis, (rows, x, keys, labels) in zip(fig.subplots(*shape, squeeze=False).flat, panels):
         draw_lines(axis, rows, x, keys)
         axis.set(**labels)
@@ -235,7 +235,7 @@ def draw_lines(axis, rows, x, keys):
                           marker="o" if len(xs) < 40 else None, markersize=4,
                           label=", ".join(label).replace("_", " "))
     if len(colors) > 1:
-        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def draw_run(run, results):
