@@ -197,14 +197,16 @@ def draw(path, shape, panels, title=None):
     """Panels (rows, x, keys, labels) as a PNG, on white: it reads on light and on dark pages."""
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
-    fig = Figure((2 + 4 * shape[1], 1.4 + 2.4 * shape[0]), layout="constrained")
+    fig = Figure((2 + 4 * shape[1], 2 + 3 * shape[0]), layout="constrained")
     for axis, (rows, x, keys, labels) in zip(fig.subplots(*shape, squeeze=False).flat, panels):
         draw_lines(axis, rows, x, keys)
         axis.set(**labels)
         axis.grid(alpha=0.3)
         axis.tick_params("x", rotation=90 if x == "token position" else 0)
-        if labels.get("xscale") == "log":
-            ticks = sorted({row[x] for row in rows})
+        if labels.get("xscale") in ("log", "symlog"):
+            some = {row[x] for row in rows}
+            ticks = sorted(some) if labels["xscale"] == "log" else [
+                tick for tick in (0, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick < max(some)]
             axis.minorticks_off()
             axis.set(xticks=ticks, xticklabels=ticks)
     fig.suptitle(title, fontweight="bold")
@@ -234,7 +236,7 @@ def draw_lines(axis, rows, x, keys):
                           marker="o" if len(xs) < 40 else None, markersize=4,
                           label=", ".join(label).replace("_", " "))
     if len(colors) > 1:
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18))
 
 
 def draw_run(run, results):
@@ -477,7 +479,7 @@ def over_optimization(world):
     references = world.score(model, posts)
 
     def evaluate(beta, policy, update):
-        if update in ((0, 3, 6, 10, 15, 20, 25, 30, 40, 50) if beta == 0 else (50,)):
+        if update in ((0, 3, 6, 10, 15, 20, 30, 40, 60, 80) if beta == 0 else (80,)):
             batch, ids = world.rollout(policy, model, model)
             texts = [lm.decode_response(row, world.tokenizer) for row in ids]
             rows.append({"kl_beta": beta, "kl_per_summary": batch["kl"].mean().item(),
@@ -487,8 +489,8 @@ def over_optimization(world):
 
     evaluate(0.0, world.sft(64), 0)
     for beta in (0.0, 0.03, 0.2)[: len(world.widths)]:
-        world.ppo(64, model, evaluate=partial(evaluate, beta), kl_beta=beta, ppo_episodes=50 * 64,
-                  return_sequences=4, ppo_lr=2e-4)
+        world.ppo(64, model, evaluate=partial(evaluate, beta), kl_beta=beta, ppo_episodes=80 * 64,
+                  return_sequences=4)
     return rows
 
 
@@ -543,7 +545,7 @@ def value_networks(world):
                          ("shared with the policy", lambda p: from_scratch(p, p.base_model))):
         for row in world.ppo(64, critic=critic)[2] if critic else world.ppo(64)[2]:
             yield {"line": line, "step": row["step"], "reward": row["reward"],
-                   "point": row["step"] // 2}  # of two updates, 128 summaries
+                   "point": row["step"] // 4}  # of four updates, 256 summaries
 
 
 def tokens(world):
@@ -553,9 +555,9 @@ def tokens(world):
     batch["log_ratio"] = batch["log_probs"] - batch["ref_log_probs"]
     batch["reward"] = ppo.kl_penalized_rewards(
         batch["scores"], batch["log_probs"], batch["ref_log_probs"], batch["mask"], 0.05)
-    i = int((batch["mask"].sum(1) * batch["ended"]).argmax())
+    i = int(batch["ended"].long().argmax())  # the first that ended
     for t in range(int(batch["mask"][i].sum())):
-        yield {"token position": t, "token": world.tokenizer.decode(ids[i][t])} | {
+        yield {"token position": t, "token": world.tokenizer.decode(ids[i][t]).strip("<|>")} | {
             key: batch[key][i, t].item() for key in ("log_ratio", "reward", "values", "advantages")}
 
 
@@ -572,7 +574,7 @@ FIGURES = {
         ("kl", ["predicted", "true"], "KL from SFT, log n - (n-1)/n (nats)", "linear", PREFERRED)]),
     "reward-data": (reward_data, "More comparisons make a better reward model", [
         ("comparisons", ["accuracy"], "comparisons to train on", "log", "accuracy, held out")]),
-    "value-network": (value_networks, "A critic of its own, made from the reward model", [
+    "value-network": (value_networks, "Where the critic comes from matters little here", [
         ("step", ["reward"], "PPO update", "linear", "reward (references = 0)")]),
     "tokens": (tokens, "One summary as PPO sees it, token by token", [
         ("token position", [key], "", "linear", label) for key, label in (
