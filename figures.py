@@ -336,7 +336,7 @@ def report(run, results, samples):
 # ---------------------------------------------------------------------------- the tiny world
 
 HELD_OUT = 1500  # comparisons to measure accuracy on
-WEAK = 2000  # comparisons for a reward model that can be over-optimized
+WEAK = 500  # comparisons for a reward model that can be over-optimized
 
 
 def settings(**changed):
