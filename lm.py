@@ -250,7 +250,7 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
     return responses[:, : t + 1]
 
 
-# ---------------------------------------------------------------------------- models, and fitting them
+# --------------------------------------------------------------------- models, and fitting them
 
 
 def shrink(config):

@@ -40,7 +40,7 @@ class SettingError(ValueError):
 
 
 # ---------------------------------------------------------------------------- several processes
-# `torchrun --nproc_per_node N rlhf_minimal.py ...`: each process has all models and its own share of
+# `torchrun --nproc_per_node N rlhf_minimal.py ...`: each process has all models and its share of
 # each batch; gradients are summed by torch.distributed, and what is summed is never an average of
 # averages, so N processes take the step that one process would take on the same batch.
 # What is no training step (comparisons of the tiny world, judging, measuring) each process does for

@@ -61,8 +61,8 @@ def encode_prompt(post, tokenizer, query_length, gap="\n\n"):
     text = truncate_post(post["post"], lambda text: len(encode(text)) <= query_length)
     if text is None:
         raise DataError(f"query_length {query_length} is too small: title and cue of the post "
-                        f"{post.get('title', '')[:30]!r} alone take {len(encode(''))} tokens; raise "
-                        "query_length, or shorten that title")
+                        f"{post.get('title', '')[:30]!r} alone take {len(encode(''))} tokens; "
+                        "raise query_length, or shorten that title")
     return encode(text)
 
 

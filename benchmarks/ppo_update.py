@@ -29,8 +29,6 @@ SAVINGS = {
 
 def ours(work):
     """-> a function that runs ppo.train_ppo for one update, without work["without"]."""
-    import torch
-
     import lm
     import ppo
     from reward import RewardModel
@@ -50,7 +48,7 @@ def ours(work):
     def sample_all(*args, **settings):
         """All rows up to the limit; what follows the given lengths is dropped afterwards."""
         ends.never = True
-        lengths, rows = [], lm.sample(*args, **settings)
+        rows = lm.sample(*args, **settings)
         for row, n in zip(rows, ends.current.tolist()):
             row[n - 1 : n], row[n:] = settings["eos_token_id"], settings["pad_token_id"]
         return rows

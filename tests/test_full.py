@@ -31,7 +31,7 @@ import lm
 import ppo
 import rlhf_minimal
 import run
-from reward import RewardModel, score_summaries
+from reward import RewardModel
 from tldr import load_comparisons, load_posts
 
 torch.set_num_threads(1)

@@ -1,6 +1,5 @@
 """Two processes take the step of one, and what stops one of them stops both, soon."""
 
-import copy
 import json
 import math
 import os
