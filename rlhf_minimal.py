@@ -10,6 +10,7 @@ posts -> SFT -> comparisons -> reward model -> PPO -> judged win rates, in a fol
 import argparse
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -328,6 +329,7 @@ def run_all(settings):
         if rank() == 0:
             check_folder(folder, config, *flags)
     if settings.resume and Path(folder, "results.json").exists():
+        shutil.rmtree(Path(folder, "checkpoints"), ignore_errors=True)  # a kill may have left them
         return print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
 
     def reward_of(some_posts, summaries):

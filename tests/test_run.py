@@ -566,6 +566,11 @@ def test_resume_of_a_finished_run_says_so_and_does_nothing(tmp_path, capsys):
     assert "finished, nothing to resume" in out and "win rate" not in out
     assert before == [(path, path.stat().st_mtime_ns)
                       for path in sorted((tmp_path / "run").rglob("*"))]
+    left = tmp_path / "run" / "checkpoints" / "ppo-00000001-0.safetensors"
+    left.parent.mkdir()  # killed after results.json was written and before these were removed
+    left.touch()
+    rlhf_minimal.main([*arguments, "--resume"])
+    assert not left.parent.exists()
     with pytest.raises(SystemExit) as stop:
         rlhf_minimal.main([*arguments, "--resume", "--kl_beta", "0.1"])
     assert "kl_beta was 0.05 and is now 0.1" in stop.value.code
