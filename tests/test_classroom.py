@@ -186,6 +186,9 @@ def test_a_students_bug_is_named(number, bug, tmp_path, run_tests):
 def test_the_readme_counts_and_names_them_right():
     readme = (ROOT / "exercises" / "README.md").read_text(encoding="utf-8")
     assert f"{len(BUGS)} bugs to find" in readme
+    of_notebook = sum("(notebook)" in bug.name for bug in BUGS)
+    front = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"**{len(BUGS)} realistic bugs" in front and f"{of_notebook} of the notebook's" in front
     number = int(re.search(r"`--bug (\d+)`", readme)[1])
     assert BUGS[number].name == "the score is paid at every token (notebook)"
     for number, (file, name, _) in enumerate(EXERCISES, 1):

@@ -387,10 +387,9 @@ def test_ppo_on_every_architecture_also_with_pad_equal_eos(name, pad_token_id, t
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    for name in ("one", "two"):
-        rlhf_minimal.main(["--fast_dev_run", "--seed", "4", "--output_dir", str(folder / name)])
-    return folder / "one", folder / "two"
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    rlhf_minimal.main(["--fast_dev_run", "--seed", "4", "--output_dir", str(folder)])
+    return folder
 
 
 def timeless(value):
@@ -402,7 +401,7 @@ def timeless(value):
 
 
 def test_a_run_leaves_every_file(finished):
-    folder = finished[0]
+    folder = finished
     for name in ("config.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.md"):
         assert (folder / name).stat().st_size > 0
     for name in ("sft", "reward_model", "policy", "critic"):
@@ -425,11 +424,13 @@ def test_a_run_leaves_every_file(finished):
     assert "total" in results["seconds"]
 
 
-def test_one_seed_gives_one_run(finished):
-    one, two = finished
+@pytest.mark.slow
+def test_one_seed_gives_one_run(finished, tmp_path):
+    one, two = finished, tmp_path / "two"
+    rlhf_minimal.main(["--fast_dev_run", "--seed", "4", "--output_dir", str(two)])
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (one / name).read_text() == (two / name).read_text()
-    results = [json.loads((folder / "results.json").read_text()) for folder in finished]
+    results = [json.loads((folder / "results.json").read_text()) for folder in (one, two)]
     assert timeless(results[0]) == timeless(results[1])
     for name in ("sft", "reward_model", "policy", "critic"):
         assert (one / name / "model.safetensors").read_bytes() == (
@@ -437,7 +438,7 @@ def test_one_seed_gives_one_run(finished):
 
 
 def test_saved_models_load_and_the_policy_is_not_the_sft_model(finished):
-    folder = finished[0]
+    folder = finished
     models = [AutoModelForCausalLM.from_pretrained(folder / name) for name in ("sft", "policy")]
     assert not same(weights(models[0]), models[1])
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
@@ -448,7 +449,7 @@ def test_saved_models_load_and_the_policy_is_not_the_sft_model(finished):
 
 def test_summarize_prints_both_models_and_their_rewards(finished, tmp_path, capsys):
     (tmp_path / "post.txt").write_text("My boss sold my car. I feel angry. Should I sue?")
-    rlhf_minimal.main(["--summarize", str(tmp_path / "post.txt"), "--output_dir", str(finished[0])])
+    rlhf_minimal.main(["--summarize", str(tmp_path / "post.txt"), "--output_dir", str(finished)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["sft", "policy"]
     assert all("reward" in line for line in lines)
@@ -477,7 +478,8 @@ def real_rows(folder, n=24):
             str(folder / "posts.jsonl"), "--fast_dev_run", "--output_dir", str(folder / "run")]
 
 
-@pytest.mark.parametrize("judge", ["longest", "reward_model"])
+@pytest.mark.parametrize("judge", [
+    "longest", pytest.param("reward_model", marks=pytest.mark.slow)])
 def test_rows_of_the_real_schema_go_through(judge, tmp_path, capsys):
     rlhf_minimal.main([*real_rows(tmp_path), "--judge", judge])
     out = capsys.readouterr().out
