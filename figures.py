@@ -540,11 +540,14 @@ def value_networks(world):
         critic.trunk = trunk or critic.trunk
         return critic
 
+    first = world.ppo(64)[2]
     for line, critic in (("separate, from the reward model", None),
                          ("separate, from scratch", from_scratch),
                          ("shared with the policy", lambda p: from_scratch(p, p.base_model))):
-        for row in world.ppo(64, critic=critic)[2] if critic else world.ppo(64)[2]:
+        # one seed draws the same posts for all three: what differs is the critic
+        for row, beside in zip(world.ppo(64, critic=critic)[2] if critic else first, first):
             yield {"line": line, "step": row["step"], "reward": row["reward"],
+                   "difference": row["reward"] - beside["reward"],
                    "point": row["step"] // 4}  # of four updates, 256 summaries
 
 
@@ -564,7 +567,7 @@ def tokens(world):
 # What yields the points of one seed; the claim; panels: x, lines, label and scale of x, label of y
 PREFERRED = "fraction preferred to the reference"
 FIGURES = {
-    "win-rate": (win_rates, "Learning from feedback beats imitation", [
+    "win-rate": (win_rates, "Feedback beats imitation, given enough width", [
         ("width", ["preferred"], "width of the model", "log", PREFERRED)]),
     "over-optimization": (over_optimization, "Too much reward makes summaries worse", [
         ("kl_per_summary", ["predicted", "true"], "KL from SFT (nats per summary)", "symlog",
@@ -574,8 +577,9 @@ FIGURES = {
         ("kl", ["predicted", "true"], "KL from SFT, log n - (n-1)/n (nats)", "linear", PREFERRED)]),
     "reward-data": (reward_data, "More comparisons make a better reward model", [
         ("comparisons", ["accuracy"], "comparisons to train on", "log", "accuracy, held out")]),
-    "value-network": (value_networks, "Where the critic comes from matters little here", [
-        ("step", ["reward"], "PPO update", "linear", "reward (references = 0)")]),
+    "value-network": (value_networks, "A critic of its own, begun as the reward model, is best", [
+        ("step", ["reward"], "PPO update", "linear", "reward (references = 0)"),
+        ("step", ["difference"], "PPO update", "linear", "reward, minus the blue line's")]),
     "tokens": (tokens, "One summary as PPO sees it, token by token", [
         ("token position", [key], "", "linear", label) for key, label in (
             ("log_ratio", "log PPO/SFT (nats)"), ("reward", "reward"), ("values", "value"),

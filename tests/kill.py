@@ -114,7 +114,7 @@ def finish(child):
 
 def main():
     folder, mode, kills = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-    random.seed(mode)
+    random.seed(mode + folder.name)
     began = time.perf_counter()
     finish(start(folder / "whole"))
     seconds = time.perf_counter() - began
