@@ -393,7 +393,7 @@ CHATML = (
     "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}")
 # As Qwen3's: an empty thought when thinking is switched off
-SWITCH = CHATML + ("{%- if enable_thinking is defined and not enable_thinking %}"
+SWITCH = CHATML + ("{%- if enable_thinking is defined and enable_thinking is false %}"
                    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}")
 THINKS = CHATML + "{{- '<think>\\n' }}"
 
@@ -501,6 +501,7 @@ def test_the_whole_prompt(plain, chat):
         prompt = model.prompts[0]
         assert prompt.startswith(before) and prompt.endswith(after)
         question = prompt[len(before):len(prompt) - len(after)]
+        assert question.startswith("Which of two summaries of a forum post is better?")
         assert question.endswith(
             "\n\nSUBREDDIT: r/tifu\n\nTITLE: Seat\n\nPOST: My cat\n\nsat."  # without its cue
             "\n\nSummary A: one\n\nSummary B: two"
@@ -522,7 +523,7 @@ def test_a_plain_prompt_begins_with_bos():
 @pytest.mark.parametrize("answer, verdict", [
     ({"A": 0.9}, "A"), ({"B": 0.9}, "B"), ({"A": 0.5, "B": 0.5}, "A"), ({"A": 0.3, "B": 0.4}, "B"),
     ({"A": 0.26, "B": 0.25}, "A"), ({"A": 0.26, "B": 0.23}, None),  # .51 and .49 around .5
-    ({"A": 0.49}, None), ({}, None), ({"x": 1.0}, None), ({"a": 0.9}, None),
+    ({"A": 0.5}, "A"), ({"A": 0.49}, None), ({}, None), ({"x": 1.0}, None), ({"a": 0.9}, None),
     ({" A": 0.9}, "A"), ({" B": 0.9}, "B"),
     ({"A": 0.4, "B": 0.25, " B": 0.3}, "B"),  # .40 against .25 + .30 = .55
     ({"A": 0.2, " A": 0.2, "B": 0.05, " B": 0.1}, "A"),  # .40 + .15 = .55 >= .5

@@ -340,6 +340,66 @@ def test_reward_model_learns_and_is_normalised(model, tmp_path):
     assert torch.equal(scores, reward.score_summaries(again, QUERIES, references, 0))
 
 
+@pytest.mark.parametrize("micro_batch_size", [0, 2])
+def test_what_a_step_of_the_reward_model_logs(micro_batch_size, model, tmp_path):
+    """One step at learning rate 0 over three pairs, one of them a tie, which is no hit."""
+    torch.manual_seed(2)
+    reward_model, run = reward.RewardModel(model), new_run(tmp_path / "run")
+    pairs = [([3, 4], [7, 9], [2, 9]), ([5], [4, 9], [4, 9]), ([6, 7, 8], [9], [2, 2, 9])]
+    queries, *sides = zip(*pairs)
+    chosen, rejected = (reward.score_summaries(reward_model, queries, side, 0).double().tolist()
+                        for side in sides)
+    by_hand = [-math.log(1 / (1 + math.exp(b - a))) for a, b in zip(chosen, rejected)]
+    assert by_hand[1] == pytest.approx(math.log(2))
+    reward.train_reward(run, reward_model, pairs, 0, SimpleNamespace(
+        micro_batch_size=micro_batch_size, reward_lr=0.0, reward_batch_size=3, reward_epochs=1))
+    (line,) = run.history("reward")
+    assert line["loss"] == pytest.approx(sum(by_hand) / 3, abs=1e-5)
+    assert line["accuracy"] == pytest.approx(
+        sum(a > b for a, b in zip(chosen[::2], rejected[::2])) / 3)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_the_seed_of_the_run_decides_the_order(stage, model, tmp_path):
+    """Shuffles and samples come from the run's seed: another one, other weights."""
+    def trained(seed):
+        torch.manual_seed(2)
+        fresh, run = copy.deepcopy(model), Run(
+            tmp_path / str(seed), {"seed": seed, "files": {}, "environment": {}})
+        settings = config(sft_lr=1e-2, sft_batch_size=4, sft_epochs=1, reward_lr=1e-2,
+                          reward_batch_size=4, reward_epochs=1)
+        responses = [[1, 7, 9], [2, 9], [9], [5, 5, 9]] * 4
+        if stage == "reward":
+            fresh = reward.RewardModel(fresh)
+            pairs = [(q, r, r[::-1]) for q, r in zip(QUERIES, responses)]
+            reward.train_reward(run, fresh, pairs, 0, settings)
+        elif stage == "sft":
+            lm.train_sft(run, fresh, QUERIES, responses, 0, settings)
+        else:
+            ppo.train_ppo(run, fresh, reward.RewardModel(fresh), QUERIES, TOKENIZER, settings)
+        return torch.cat([p.flatten() for p in fresh.parameters()])
+
+    assert not torch.equal(trained(1), trained(2)), "the seed is not used"
+
+
+def test_each_query_gets_its_own_response(model):
+    """In batches, of queries of all lengths, in any order: as if each were alone."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)  # sharp enough for the answer to depend on the query
+    queries = [[3, 4, 5, 6, 7], [6], [5, 1], [8, 3, 3, 4], [2, 2, 7]]
+    alone = []
+    for query in queries:
+        ids = torch.tensor([query])
+        row = lm.sample(model, ids, torch.ones_like(ids), 6, eos_token_id=9, pad_token_id=0,
+                        temperature=0)[0].tolist()
+        alone.append(row[: row.index(9) + 1] if 9 in row else row)
+    assert len({tuple(row) for row in alone}) > 2, "the answers have to differ to show anything"
+    for batch_size in (1, 2, 256):
+        assert lm.sample_responses(model, TOKENIZER, queries, 6, 0.0,
+                                   batch_size=batch_size) == alone
+
+
 def test_length_and_post_blind_baselines():
     # longer chosen, shorter chosen, equal: (1 + 0 + 1/2) / 3
     pairs = [([1], [2, 3, 9], [2, 9]), ([1], [9], [2, 9]), ([1], [4, 9], [2, 9])]
