@@ -722,3 +722,29 @@ def test_update_reaches_every_group_and_clips_their_common_norm():
     lm.update(optimizer, [(3 * a + 4 * b).sum()], .1)
     close(torch.cat([a, b]), [.4 - .3, .2 - .4], "a step of .1 (3, 4): old gradients are cleared, "
           "and without max_grad_norm nothing is clipped")
+
+
+def test_epochs_are_shuffled_and_cut_into_batches():
+    """Ten rows in batches of three: three steps an epoch, nine rows once each, one left over."""
+    total, rows = lm.epoch_batches(10, 3, 2, 5, "sft")
+    assert total == 6
+    batches = [rows(step) for step in range(total)]
+    assert [len(batch) for batch in batches] == [3] * 6
+    epochs = [sum(batches[:3], []), sum(batches[3:], [])]
+    for epoch in epochs:
+        assert len(set(epoch)) == 9 and set(epoch) <= set(range(10))
+    assert epochs[0] != epochs[1] and rows(4) == batches[4], "a step has its rows, whenever asked"
+    for seed, stage in ((6, "sft"), (5, "reward")):
+        _, others = lm.epoch_batches(10, 3, 2, seed, stage)
+        assert [others(step) for step in range(3)] != batches[:3], "an order for each seed and stage"
+    total, rows = lm.epoch_batches(2, 3, 4, 5, "sft")  # fewer rows than a batch: all of them
+    assert total == 4 and all(sorted(rows(step)) == [0, 1] for step in range(4))
+    total, rows = lm.epoch_batches(1, 1, 1, 5, "sft")
+    assert total == 1 and rows(0) == [0]
+
+
+@pytest.mark.parametrize("size, parts", [
+    (0, [[7, 3, 8, 1, 5]]), (2, [[7, 3], [8, 1], [5]]), (5, [[7, 3, 8, 1, 5]]),
+    (9, [[7, 3, 8, 1, 5]])])
+def test_microbatches_are_the_rows_in_order(size, parts):
+    assert lm.microbatches([7, 3, 8, 1, 5], size) == parts

@@ -237,6 +237,37 @@ def test_sft_and_reward_model_use_what_is_pinned(module, name, how, model, tmp_p
     assert not torch.equal(before, trained("after")), f"training does not use {name}"
 
 
+def test_the_optimizers_are_what_the_readme_says(model, tmp_path, monkeypatch):
+    """beta_2 is 0.95 in SFT, epsilon 1e-5 in PPO; gradients are clipped in SFT and PPO, at norm 1.
+    Adam's steps look much alike whatever these are, so the arguments are looked at."""
+    seen = {}
+
+    def watched(optimizer, losses, lr, max_grad_norm=math.inf, name="loss"):
+        group = optimizer.param_groups[0]
+        seen[stage, name] = type(optimizer).__name__, group["betas"], group["eps"], max_grad_norm
+        for _ in losses:  # a generator that also fills what is logged
+            pass
+        return 0.0
+
+    for module in (lm, reward, ppo):
+        monkeypatch.setattr(module, "update", watched)
+    settings = config(sft_lr=1e-2, sft_batch_size=8, sft_epochs=1, reward_lr=1e-2,
+                      reward_batch_size=8, reward_epochs=1)
+    reward_model, run = reward.RewardModel(model), new_run(tmp_path / "run")
+    stage = "sft"
+    lm.train_sft(run, model, QUERIES, [[7, 2, 9], [9]] * 8, 0, settings)
+    stage = "reward"
+    reward.train_reward(run, reward_model, [(q, [1, 9], [2, 9]) for q in QUERIES], 0, settings)
+    stage = "ppo"
+    ppo.train_ppo(run, model, reward_model, QUERIES, TOKENIZER, config(max_grad_norm=0.7))
+    assert seen == {
+        ("sft", "loss"): ("Adam", (0.9, 0.95), 1e-8, 1.0),
+        ("reward", "loss"): ("Adam", (0.9, 0.999), 1e-8, math.inf),
+        ("ppo", "policy_loss"): ("Adam", (0.9, 0.999), 1e-5, 0.7),
+        ("ppo", "value_loss"): ("Adam", (0.9, 0.999), 1e-5, 0.7)}
+    assert ppo.PPOConfig().max_grad_norm == 1.0
+
+
 def test_learning_rate_of_update_u_is_linear(model, tmp_path):
     run = new_run(tmp_path / "run")
     ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES, TOKENIZER,
@@ -303,7 +334,8 @@ def test_sft_learns_the_response_and_ignores_the_query(model, tmp_path):
     assert query[3].max() < 0.5, "query tokens are not in the loss"  # row 3 has no padding
 
 
-def test_sft_loss_is_the_mean_over_response_tokens(model, tmp_path):
+@pytest.mark.parametrize("micro_batch_size", [0, 1])
+def test_sft_loss_is_the_mean_over_response_tokens(micro_batch_size, model, tmp_path):
     run = new_run(tmp_path / "run")
     ids, mask, width = lm.join(QUERIES[:2], [[7, 2, 9], [9]], 0)
     logits = model(input_ids=ids, attention_mask=mask,
@@ -311,7 +343,8 @@ def test_sft_loss_is_the_mean_over_response_tokens(model, tmp_path):
     by_hand = [logits[0, width - 1 + t, y].item() for t, y in enumerate((7, 2, 9))]
     by_hand.append(logits[1, width - 1, 9].item())  # four tokens in all, EOS counted
     lm.train_sft(run, model, QUERIES[:2], [[7, 2, 9], [9]], 0,
-                 SimpleNamespace(micro_batch_size=0, sft_lr=0.0, sft_batch_size=2, sft_epochs=1))
+                 SimpleNamespace(micro_batch_size=micro_batch_size, sft_lr=0.0, sft_batch_size=2,
+                                 sft_epochs=1))
     assert run.history("sft")[0]["loss"] == pytest.approx(-sum(by_hand) / 4, abs=1e-4)
 
 
