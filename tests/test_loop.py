@@ -187,11 +187,11 @@ USED_BY_PPO = {
     "response_values": lambda x: x.flip(1), "masked_mean": torch.abs}
 
 
-def ppo_weights(folder):
+def ppo_weights(folder, **changes):
     torch.manual_seed(4)
     policy = toy.make_model(Vocabulary(eos_token_id=9, pad_token_id=0), 16, 2, 2)
     critic = ppo.train_ppo(new_run(folder), policy, reward.RewardModel(policy), QUERIES, TOKENIZER,
-                           config(ppo_epochs=2))
+                           config(**{"ppo_epochs": 2, **changes}))
     return torch.cat([p.flatten() for m in (policy, critic) for p in m.parameters()])
 
 
@@ -207,6 +207,45 @@ def test_ppo_uses_what_is_pinned(name, weights_of_ppo, tmp_path, monkeypatch):
         monkeypatch.setattr(ppo, name, changed_by(getattr(ppo, name), USED_BY_PPO[name]))
     same_weights = torch.equal(ppo_weights(tmp_path / "run"), weights_of_ppo)
     assert same_weights == (name is None), f"PPO does not use {name}"
+
+
+OTHER_SETTINGS = {
+    "ppo_lr": 5e-3, "ppo_episodes": 48, "ppo_batch_size": 8, "ppo_epochs": 3, "ppo_minibatches": 2,
+    "return_sequences": 2, "kl_beta": 0.5, "gamma": 0.9, "lam": 0.5, "clip_range": 0.01,
+    "clip_range_value": 0.01, "value_weight": 5.0, "missing_eos": -3.0, "temperature": 0.7,
+    "response_length": 4, "max_grad_norm": 1e-4}
+
+
+@pytest.mark.parametrize("name", vars(ppo.PPOConfig()))
+def test_ppo_uses_every_setting(name, weights_of_ppo, tmp_path):
+    changed = ppo_weights(tmp_path / "run", **{name: OTHER_SETTINGS[name]})
+    assert not torch.equal(changed, weights_of_ppo), f"PPO does not use {name}"
+
+
+def test_each_update_has_the_next_posts_and_logs_the_mean_of_its_steps(
+        model, tmp_path, monkeypatch):
+    """Posts in their order, from the start again at the end. At learning rate 0 all steps of an
+    update have one value loss, which is then the logged mean."""
+    seen, batches, rollout = [], [], ppo.rollout
+
+    def watched(policy, reference, reward_model, critic, queries, *rest):
+        seen.append(queries)
+        batches.append(rollout(policy, reference, reward_model, critic, queries, *rest))
+        return {key: value.clone() for key, value in batches[-1].items()}
+
+    monkeypatch.setattr(ppo, "rollout", watched)
+    posts, run = [[3], [4, 4], [5], [6, 6], [7], [8]], new_run(tmp_path / "run")
+    ppo.train_ppo(run, model, reward.RewardModel(model), posts, TOKENIZER, config(
+        ppo_lr=0.0, ppo_episodes=12, ppo_batch_size=4, ppo_epochs=3))
+    assert seen == [posts[:4], [*posts[4:], *posts[:2]], posts[2:]]
+    for line, batch in zip(run.history("ppo"), batches):
+        mask, error = batch["mask"], batch["values"] - batch["returns"]
+        assert line["value_loss"] == pytest.approx((error[mask] ** 2).mean().item() / 2, rel=1e-4)
+        assert line["policy_loss"] == pytest.approx(0, abs=1e-4)  # -mean of whitened advantages
+        assert line["reward"] == pytest.approx(batch["scores"].mean().item(), rel=1e-4)
+        assert line["length"] == pytest.approx(mask.sum(1).float().mean().item())
+        assert line["entropy"] == pytest.approx(-batch["log_probs"][mask].mean().item(), rel=1e-4)
+        assert line["ended"] == pytest.approx(batch["ended"].float().mean().item())
 
 
 USED_BY_OTHERS = [
