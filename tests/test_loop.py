@@ -123,6 +123,11 @@ def test_what_a_rollout_holds(model):
                         SimpleNamespace(eos_token_id=9, pad_token_id=9), config(),
                         lm.generator_for(0))
     mask, kl, width = batch["mask"], batch["kl"], batch["mask"].shape[1]
+    padded = lm.pad(queries, 9, left=True)
+    drawn = lm.sample(model, *padded, 6, eos_token_id=9, pad_token_id=9,
+                      generator=lm.generator_for(0))
+    assert torch.equal(batch["input_ids"], torch.cat([padded[0], drawn], 1)), (
+        "drawn after posts that are padded on the left, so that their end is the last position")
     ended = [9 in row[-width:].tolist() for row in batch["input_ids"]]
     assert True in ended and False in ended and batch["ended"].tolist() == ended, (
         "ended: an EOS in the summary, and not in the post or its padding")
@@ -225,22 +230,27 @@ def test_ppo_uses_every_setting(name, weights_of_ppo, tmp_path):
 def test_each_update_has_the_next_posts_and_logs_the_mean_of_its_steps(
         model, tmp_path, monkeypatch):
     """Posts in their order, from the start again at the end. At learning rate 0 all steps of an
-    update have one value loss, which is then the logged mean."""
+    update have one value loss, which is then the logged mean. Old values that are 1 lower here
+    make the clip matter: values may be 0.2 above them."""
     seen, batches, rollout = [], [], ppo.rollout
 
     def watched(policy, reference, reward_model, critic, queries, *rest):
         seen.append(queries)
         batches.append(rollout(policy, reference, reward_model, critic, queries, *rest))
-        return {key: value.clone() for key, value in batches[-1].items()}
+        return {**batches[-1], "values": batches[-1]["values"] - 1}
 
     monkeypatch.setattr(ppo, "rollout", watched)
     posts, run = [[3], [4, 4], [5], [6, 6], [7], [8]], new_run(tmp_path / "run")
     ppo.train_ppo(run, model, reward.RewardModel(model), posts, TOKENIZER, config(
-        ppo_lr=0.0, ppo_episodes=12, ppo_batch_size=4, ppo_epochs=3))
+        ppo_lr=0.0, ppo_episodes=12, ppo_batch_size=4, ppo_epochs=3, micro_batch_size=3))
     assert seen == [posts[:4], [*posts[4:], *posts[:2]], posts[2:]]
     for line, batch in zip(run.history("ppo"), batches):
-        mask, error = batch["mask"], batch["values"] - batch["returns"]
-        assert line["value_loss"] == pytest.approx((error[mask] ** 2).mean().item() / 2, rel=1e-4)
+        mask = batch["mask"]
+        pairs = [((v - r) ** 2, (v - 0.8 - r) ** 2) for v, r in zip(
+            batch["values"][mask].tolist(), batch["returns"][mask].tolist())]
+        assert line["value_loss"] == pytest.approx(sum(map(max, pairs)) / len(pairs) / 2, rel=1e-4)
+        assert line["value_clip_fraction"] == pytest.approx(
+            sum(clipped > plain for plain, clipped in pairs) / len(pairs), abs=1e-6)
         assert line["policy_loss"] == pytest.approx(0, abs=1e-4)  # -mean of whitened advantages
         assert line["reward"] == pytest.approx(batch["scores"].mean().item(), rel=1e-4)
         assert line["length"] == pytest.approx(mask.sum(1).float().mean().item())
