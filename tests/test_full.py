@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from test_judge import CHATML, SWITCH, THINKS
 from test_sharing import ARCHITECTURES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, PreTrainedTokenizerFast
-from transformers import Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTJConfig, GPTNeoXConfig
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers.pytorch_utils import Conv1D
 
 import figures
 import judge
@@ -60,6 +61,38 @@ def copies(module):
 
 
 # ---------------------------------------------------------------------------- adapters
+
+
+@pytest.mark.parametrize("config", [
+    GPT2Config(vocab_size=123), GPTJConfig(vocab_size=123), GPTNeoXConfig(vocab_size=123),
+    LlamaConfig(vocab_size=123, num_key_value_heads=8), Qwen2Config(vocab_size=123)],
+    ids=lambda config: config.model_type)
+def test_a_shrunken_model_keeps_its_architecture_and_vocabulary(config):
+    small = lm.shrink(config)
+    assert type(small) is type(config) and small.vocab_size == 123
+    assert (small.hidden_size, small.num_hidden_layers, small.num_attention_heads) == (64, 2, 4)
+    for key, size in (("rotary_dim", 8), ("num_key_value_heads", 2), ("intermediate_size", 128),
+                      ("head_dim", 16)):
+        assert getattr(small, key, size) == size or not hasattr(config, key), key
+    model = AutoModelForCausalLM.from_config(small)
+    assert model(torch.tensor([[1, 122]])).logits.shape == (1, 2, 123)
+    assert config.num_hidden_layers > 2, "the given configuration is not changed"
+
+
+@every_architecture
+def test_adapters_are_on_every_matrix_but_the_one_that_makes_the_logits(name):
+    plain = make(name)
+    matrices = {key: module.weight.shape for key, module in plain.named_modules()
+                if isinstance(module, (torch.nn.Linear, Conv1D))
+                and module is not plain.get_output_embeddings()}
+    network = lm.add_adapter(make(name), 3)
+    config = network.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (3, 6), "what an adapter adds is scaled by 2"
+    adapters = {key.removeprefix("base_model.model.") for key, module in network.named_modules()
+                if hasattr(module, "lora_A")}
+    assert adapters == set(matrices)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    assert trained == sum(3 * (rows + columns) for rows, columns in matrices.values())
 
 
 @every_architecture

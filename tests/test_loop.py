@@ -47,6 +47,14 @@ def config(**changes):
     return SimpleNamespace(**{**fields, **changes})
 
 
+def watch_rows(module):
+    """A list that gets the number of rows of each forward pass."""
+    rows = []
+    module.register_forward_pre_hook(
+        lambda module, arguments, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True)
+    return rows
+
+
 def weights(module):
     return {name: tensor.clone() for name, tensor in module.state_dict().items()}
 
@@ -391,10 +399,12 @@ def test_sft_loss_is_the_mean_over_response_tokens(micro_batch_size, model, tmp_
                    position_ids=lm.get_position_ids(mask)).logits.double().log_softmax(-1)
     by_hand = [logits[0, width - 1 + t, y].item() for t, y in enumerate((7, 2, 9))]
     by_hand.append(logits[1, width - 1, 9].item())  # four tokens in all, EOS counted
+    rows_at_a_time = watch_rows(model)
     lm.train_sft(run, model, QUERIES[:2], [[7, 2, 9], [9]], 0,
                  SimpleNamespace(micro_batch_size=micro_batch_size, sft_lr=0.0, sft_batch_size=2,
                                  sft_epochs=1))
     assert run.history("sft")[0]["loss"] == pytest.approx(-sum(by_hand) / 4, abs=1e-4)
+    assert rows_at_a_time == ([1, 1] if micro_batch_size else [2])
 
 
 def test_reward_model_learns_and_is_normalised(model, tmp_path):
@@ -433,8 +443,11 @@ def test_what_a_step_of_the_reward_model_logs(micro_batch_size, model, tmp_path)
                         for side in sides)
     by_hand = [-math.log(1 / (1 + math.exp(b - a))) for a, b in zip(chosen, rejected)]
     assert by_hand[1] == pytest.approx(math.log(2))
+    rows_at_a_time = watch_rows(reward_model.trunk)
     reward.train_reward(run, reward_model, pairs, 0, SimpleNamespace(
         micro_batch_size=micro_batch_size, reward_lr=0.0, reward_batch_size=3, reward_epochs=1))
+    # the two summaries of a pair are one row, so that the post is computed once
+    assert rows_at_a_time == ([2, 1] if micro_batch_size else [3])
     (line,) = run.history("reward")
     assert line["loss"] == pytest.approx(sum(by_hand) / 3, abs=1e-5)
     assert line["accuracy"] == pytest.approx(
@@ -480,6 +493,9 @@ def test_each_query_gets_its_own_response(model):
     for batch_size in (1, 2, 256):
         assert lm.sample_responses(model, TOKENIZER, queries, 6, 0.0,
                                    batch_size=batch_size) == alone
+    drawn = [lm.sample_responses(model, TOKENIZER, queries, 6, 1.0, lm.generator_for(seed))
+             for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2], "the draws come from the given generator"
 
 
 def test_length_and_post_blind_baselines():
