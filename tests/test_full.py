@@ -154,6 +154,7 @@ def test_ppo_with_adapters(name, checkpoint, tmp_path, monkeypatch):
         assert torch.equal(logits[0], logits[1])
         assert (logits[0] - logits[2]).abs().max() > 1e-3
         critic.save_pretrained(tmp_path / "critic")
+        assert hasattr(critic.trunk, "merge_and_unload"), "what is merged is a copy"
         assert not any("lora" in key for key in load_file(tmp_path / "critic" / "model.safetensors"))
         values = RewardModel.from_pretrained(tmp_path / "critic")(ids, mask)[real]
         assert torch.allclose(values, critic(ids, mask)[real], atol=1e-5)

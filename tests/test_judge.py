@@ -750,6 +750,23 @@ def test_load_judge_from_a_folder(chat, tmp_path, monkeypatch):
     assert not any(p.requires_grad for p in loaded[0].parameters())
 
 
+@pytest.mark.parametrize("gpu, device, dtype", [
+    (False, "cpu", torch.float32), (True, "cuda", torch.bfloat16)])
+def test_where_a_judge_is_loaded_to(gpu, device, dtype, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def ask(name, device, dtype, small):
+        raise Asked(name, device, dtype, small)
+
+    monkeypatch.setattr(judge, "load_language_model", ask)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    for small in (False, True):
+        with pytest.raises(Asked) as asked:
+            load_judge("some/judge", small=small)
+        assert asked.value.args == ("some/judge", device, dtype, small)
+
+
 # ---------------------------------------------------------------------------- settings, example
 
 

@@ -357,6 +357,19 @@ def test_first_update_check_names_the_trouble():
         ppo.check_first_update(log_probs * math.nan, batch)
 
 
+def test_half_precision_is_measured_with_a_wider_tolerance(model, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ppo, "check_first_update", lambda log_probs, batch, tolerance=None:
+                        seen.append(tolerance))
+    for name, dtype, mixed in (("one", torch.float32, False), ("two", torch.float32, True),
+                               ("three", torch.bfloat16, False)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            ppo.train_ppo(new_run(tmp_path / name), copy.deepcopy(model).to(dtype),
+                          reward.RewardModel(model), QUERIES, TOKENIZER,
+                          config(ppo_episodes=16, ppo_epochs=1))
+    assert seen == [1e-4, 5e-2, 5e-2]
+
+
 def test_rollout_pays_the_minus_one_only_where_no_eos_was_drawn(model):
     reward_model = reward.RewardModel(model)
     batch = ppo.rollout(model, copy.deepcopy(model), reward_model, reward_model, QUERIES, TOKENIZER,
