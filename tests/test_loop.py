@@ -485,6 +485,7 @@ def test_the_seed_of_the_run_decides_the_order(stage, model, tmp_path):
             lm.train_sft(run, fresh, QUERIES, responses, 0, settings)
         else:
             ppo.train_ppo(run, fresh, reward.RewardModel(fresh), QUERIES, TOKENIZER, settings)
+            return torch.tensor([line["reward"] for line in run.history("ppo")])  # of what it drew
         return torch.cat([p.flatten() for p in fresh.parameters()])
 
     assert not torch.equal(trained(1), trained(2)), "the seed is not used"
