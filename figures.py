@@ -215,18 +215,21 @@ def draw(path, shape, panels, title=None):
 
 def draw_lines(axis, rows, x, keys):
     """rows[key] against rows[x], one line for each key and each "line" that the rows name: the mean
-    of the rows of a point, which agree on "point" or else on x, +- its standard error."""
+    of the rows of a point, which agree on "point" or else on x, +- its standard error over seeds
+    (a seed's rows are not independent: their mean counts once) or, without seeds, over rows."""
     colors = []
     for line, key in product(dict.fromkeys(row.get("line", "") for row in rows), keys):
-        points = {}
-        for row in rows:
+        points = {}  # point -> seed -> [(x, y)]
+        for i, row in enumerate(rows):
             if row.get("line", "") == line and None not in map(row.get, keys):
-                points.setdefault(row.get("point", row[x]), []).append((row[x], row[key]))
+                points.setdefault(row.get("point", row[x]), {}).setdefault(
+                    row.get("seed", i), []).append((row[x], row[key]))
         if points:
             label = [key] * (len(keys) > 1 or not line) + [line] * bool(line)
             colors.append(next(c for c, names in COLORS.items() if label[0].startswith(names)))
-            xs, ys = zip(*sorted((mean(x for x, _ in pairs), [y for _, y in pairs])
-                                 for pairs in points.values()))
+            xs, ys = zip(*sorted((mean(x for pairs in seeds.values() for x, _ in pairs),
+                                  [mean(y for _, y in pairs) for pairs in seeds.values()])
+                                 for seeds in points.values()))
             errors = [stdev(y) / len(y) ** 0.5 if len(y) > 1 else 0 for y in ys]
             if x == "token position":
                 axis.bar(xs, [mean(y) for y in ys], color=colors[-1])
@@ -579,7 +582,7 @@ FIGURES = {
         ("comparisons", ["accuracy"], "comparisons to train on", "log", "accuracy, held out")]),
     "value-network": (value_networks, "A critic of its own, begun as the reward model, is best", [
         ("step", ["reward"], "PPO update", "linear", "reward (references = 0)"),
-        ("step", ["difference"], "PPO update", "linear", "reward, minus the blue line's")]),
+        ("step", ["difference"], "PPO update", "linear", "reward, minus the first line's")]),
     "tokens": (tokens, "One summary as PPO sees it, token by token", [
         ("token position", [key], "", "linear", label) for key, label in (
             ("log_ratio", "log PPO/SFT (nats)"), ("reward", "reward"), ("values", "value"),

@@ -94,6 +94,14 @@ def test_points_of_unequal_x_are_averaged_where_they_belong_together():
     assert x == [2, 10] and y == pytest.approx([0.5, 0.2])
 
 
+def test_several_rows_of_a_seed_count_as_one():
+    # means 2 and 6 of the two seeds: 4 +- 2.8284 / sqrt(2); four rows apart would be +- 1.29
+    rows = [{"seed": seed, "step": step, "point": 0, "reward": reward}
+            for seed, step, reward in ((0, 0, 1.0), (0, 1, 3.0), (1, 0, 5.0), (1, 1, 7.0))]
+    x, y, error = drawn(rows, "step", ["reward"])["reward"]
+    assert (x, y) == ([0.5], [4.0]) and error == pytest.approx([2])
+
+
 def test_two_keys_are_two_lines_of_their_own_colours():
     rows = [{"n": n, "line": line, "true": 0.1 * n} | ({"predicted": 0.2 * n} if sees else {})
             for n in (1, 2) for line, sees in (("reward model", True), ("longest", False))]

@@ -240,18 +240,25 @@ def test_each_update_has_the_next_posts_and_logs_the_mean_of_its_steps(
     """Posts in their order, from the start again at the end. At learning rate 0 all steps of an
     update have one value loss, which is then the logged mean. Old values that are 1 lower here
     make the clip matter: values may be 0.2 above them."""
-    seen, batches, rollout = [], [], ppo.rollout
+    seen, batches, rollout, streams = [], [], ppo.rollout, []
 
     def watched(policy, reference, reward_model, critic, queries, *rest):
         seen.append(queries)
         batches.append(rollout(policy, reference, reward_model, critic, queries, *rest))
         return {**batches[-1], "values": batches[-1]["values"] - 1}
 
+    def named(*names, **device):
+        streams.append(names)
+        return lm.generator_for(*names, **device)
+
     monkeypatch.setattr(ppo, "rollout", watched)
+    monkeypatch.setattr(ppo, "generator_for", named)
     posts, run = [[3], [4, 4], [5], [6, 6], [7], [8]], new_run(tmp_path / "run")
     ppo.train_ppo(run, model, reward.RewardModel(model), posts, TOKENIZER, config(
         ppo_lr=0.0, ppo_episodes=12, ppo_batch_size=4, ppo_epochs=3, micro_batch_size=3))
     assert seen == [posts[:4], [*posts[4:], *posts[:2]], posts[2:]]
+    assert len(set(streams)) == len(streams) == 3 * (1 + 3), "a stream for each batch, each epoch"
+    assert ppo.posts_per_update(config(ppo_batch_size=2, return_sequences=4)) == 1
     for line, batch in zip(run.history("ppo"), batches):
         mask = batch["mask"]
         pairs = [((v - r) ** 2, (v - 0.8 - r) ** 2) for v, r in zip(

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -623,16 +624,18 @@ def outcome(folder):
 def test_killed_many_times_and_resumed_ends_bit_for_bit_the_same(mode, kills, tmp_path):
     import kill
     halves = [tmp_path / name for name in ("one", "two")]  # at a time: two cores, half the wait
-    for folder in halves:
+
+    def killed(folder):
         folder.mkdir()
-    processes = [subprocess.Popen([sys.executable, HERE / "kill.py", folder, mode, str(kills // 2)],
-                                  text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-                 for folder in halves]
+        return subprocess.run([sys.executable, HERE / "kill.py", folder, mode, str(kills // 2)],
+                              text=True, capture_output=True, timeout=800)
+
+    with ThreadPoolExecutor(2) as pool:
+        done = list(pool.map(killed, halves))
     kinds = set()
-    for process, folder in zip(processes, halves):
-        out, _ = process.communicate(timeout=800)
+    for folder, process in zip(halves, done):
         logs = "".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
-        assert process.returncode == 0, out + logs
+        assert process.returncode == 0, process.stdout + process.stderr + logs
         assert "Traceback" not in logs
         if mode == "write":
             kinds |= set((folder / "kinds.txt").read_text().splitlines())
