@@ -19,7 +19,7 @@ import ppo
 import reward
 import rlhf_minimal
 import toy
-from run import Run
+from run import Run, SettingError
 
 torch.set_num_threads(1)
 TOKENIZER = SimpleNamespace(eos_token_id=9, pad_token_id=0)
@@ -332,6 +332,19 @@ def test_the_optimizers_are_what_the_readme_says(model, tmp_path, monkeypatch):
     assert ppo.PPOConfig().max_grad_norm == 1.0
 
 
+def test_a_batch_that_the_processes_cannot_share(monkeypatch):
+    for module in (lm, ppo):
+        monkeypatch.setattr(module, "n_processes", lambda: 3)
+    with pytest.raises(SettingError, match="sft: a batch of 2 rows does not reach for 3 processes: "
+                                           "start fewer, or raise sft_batch_size"):
+        lm.epoch_batches(10, 2, 1, 0, "sft")
+    assert lm.epoch_batches(10, 3, 1, 0, "sft")[0] == 3
+    with pytest.raises(SettingError, match="--ppo_batch_size 8: 4 posts an update can't be shared "
+                                           "evenly among 3 processes"):
+        ppo.posts_per_update(config(ppo_batch_size=8, return_sequences=2))
+    assert ppo.posts_per_update(config(ppo_batch_size=12, return_sequences=2)) == 6
+
+
 def test_learning_rate_of_update_u_is_linear(model, tmp_path):
     run = new_run(tmp_path / "run")
     ppo.train_ppo(run, model, reward.RewardModel(model), QUERIES, TOKENIZER,
@@ -357,8 +370,8 @@ def test_first_update_check_names_the_trouble():
     log_probs, mask = torch.tensor([[-1.0, -2.0]]), torch.tensor([[True, False]])
     batch = {"log_probs": log_probs, "ref_log_probs": log_probs, "mask": mask}
     ppo.check_first_update(log_probs + torch.tensor([[0, 5.0]]), batch)  # off the mask: fine
-    for name in ("log_probs", "ref_log_probs"):
-        with pytest.raises(RuntimeError, match="dropout"):
+    for name, called in (("log_probs", "the old ones"), ("ref_log_probs", "the reference ones")):
+        with pytest.raises(RuntimeError, match=f"{called} by 0.01 nats.*Look for dropout"):
             ppo.check_first_update(log_probs, {**batch, name: log_probs + 0.01})
     with pytest.raises(RuntimeError, match="ratio"):
         ppo.check_first_update(log_probs * math.nan, batch)
