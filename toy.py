@@ -19,6 +19,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from run import SettingError
+
 FACTS = {"who": ("landlord", "boss", "sister", "roommate", "husband"),
          "did": ("sold", "broke", "stole", "hid", "lost"),
          "what": ("car", "phone", "guitar", "couch", "passport"),
@@ -33,16 +35,28 @@ SUBREDDITS = ("relationships", "legaladvice")
 
 WRONG = 0.04  # a reference has each fact wrong with this chance
 TERSE = 0.5  # and tells nothing but the event with this one: hence SFT does not beat references
+DRAWS = 200  # at most, where a draw has to differ: one does with chance .4, and .6**200 = 4e-45
 NOISE = 2.6  # temperature of the labels, in units of taste: 78 % agree with it; paper: 77 % (3.3)
 
 # ---------------------------------------------------------------------------- posts and writers
 
 
+def number_of_posts():
+    """How many different posts there are: facts, two asides, the order of six sentences."""
+    return (math.prod(len(values) for values in FACTS.values()) * math.comb(len(ASIDES), 2)
+            * math.factorial(len(CLAUSES) + 3))
+
+
 def make_posts(n, seed):
     """n different posts as {"subreddit", "title", "post", "summary"} with the reference as summary.
 
-    "facts" and "asides" are what only the labeler (and a test) may look at.
+    "facts" and "asides" are what only the labeler (and a test) may look at. SettingError for more
+    than half of the posts that there are: up to there, at least every second draw is a new one.
     """
+    if n > number_of_posts() // 2:
+        raise SettingError(f"the tiny world can't give {n} different posts, at most "
+                           f"{number_of_posts() // 2}: lower toy_posts, toy_comparisons or "
+                           "toy_held_out")
     rng = random.Random(f"posts {seed}")
     posts = {}
     while len(posts) < n:
@@ -85,20 +99,27 @@ def confuse(facts, rng, wrong):
 def reference_summary(post, seed):
     """An imperfect human's summary: terse, forgetful, sometimes wrong, sometimes rambling."""
     rng = random.Random(f"reference {seed} {post['title']} {post['post']}")
-    summary = write_summary(post, rng, TERSE)
-    while summary == ideal_summary(post):  # nobody here is perfect
+    for _ in range(DRAWS):
         summary = write_summary(post, rng, TERSE)
+        if summary != ideal_summary(post):  # nobody here is perfect
+            break
     return summary
 
 
 def confused_pair(post, rng):
     """A human's summary and the same with some facts mixed up: the weak baseline among the policies
     that are compared (section 3.1 mixes policies too). Without such pairs, which differ in nothing
-    but facts, a reward model this small learns form and hardly ever looks at the post."""
-    summary = confusion = write_summary(post, rng, terse=0)
-    while confusion == summary:
+    but facts, a reward model this small learns form and hardly ever looks at the post.
+
+    One writer in 160,000 got each fact wrong that the summary states. Then nothing in it can be
+    mixed up, the two are equal, and make_comparisons leaves them out.
+    """
+    summary = write_summary(post, rng, terse=0)
+    for _ in range(DRAWS):
         swap = dict(zip(post["facts"].values(), confuse(post["facts"], rng, 0.4).values()))
         confusion = re.sub(r"\w+", lambda word: swap.get(word[0], word[0]), summary)
+        if confusion != summary:
+            break
     return summary, confusion
 
 

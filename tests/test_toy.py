@@ -1,6 +1,7 @@
 """The tiny world: the labeler's taste is what the docstring says, and the world is honest."""
 
 import math
+import multiprocessing
 import random
 
 import pytest
@@ -114,6 +115,64 @@ def test_confused_pair_differs_in_facts_only():
         assert summary != confusion and len(summary.split()) == len(confusion.split())
         assert [c for c, _ in toy.read_summary(summary)] == [
             c for c, _ in toy.read_summary(confusion)]
+
+
+def test_a_summary_with_no_right_fact_has_no_confused_copy(monkeypatch):
+    # a writer who got who, did and what wrong and left out the rest: no draw can differ
+    monkeypatch.setattr(toy, "write_summary", lambda post, rng, terse: "My sister hid my couch.")
+    summary, confusion = toy.confused_pair(POST, random.Random(0))
+    assert summary == confusion == "My sister hid my couch."
+    # one right fact is enough
+    monkeypatch.setattr(toy, "write_summary", lambda post, rng, terse: "My sister hid my car.")
+    summary, confusion = toy.confused_pair(POST, random.Random(0))
+    assert summary == "My sister hid my car." != confusion and "My sister hid my " in confusion
+
+
+def test_equal_pairs_are_left_out(monkeypatch):
+    monkeypatch.setattr(toy, "confused_pair", lambda post, rng: ("My boss sold my car.",) * 2)
+    assert toy.make_comparisons(POSTS, [], [], "seed") == []
+
+
+def test_nobody_waits_for_a_perfect_writer_to_fail(monkeypatch):
+    monkeypatch.setattr(toy, "write_summary", lambda post, rng, terse: toy.ideal_summary(post))
+    assert toy.reference_summary(POST, 0) == toy.ideal_summary(POST)  # an end, after DRAWS
+
+
+def test_more_posts_than_there_are_is_refused(monkeypatch):
+    # two people, one pair of asides, six sentences in any order
+    monkeypatch.setattr(toy, "FACTS", {"who": ("boss", "sister"), "did": ("sold",), "what": ("car",),
+                                       "feels": ("hurt",), "asks": ("sue",)})
+    monkeypatch.setattr(toy, "WRONG", 0)  # there is no other value to get wrong
+    monkeypatch.setattr(toy, "ASIDES", toy.ASIDES[:2])
+    assert toy.number_of_posts() == 2 * 1 * 720
+    assert len({post["post"] for post in toy.make_posts(720, 0)}) == 720
+    with pytest.raises(ValueError, match="can't give 721 different posts, at most 720: lower toy_"):
+        toy.make_posts(721, 0)
+
+
+@pytest.mark.slow
+def test_two_million_confused_pairs():
+    posts, rng, equal = toy.make_posts(20_000, seed=1), random.Random(2), 0
+    for _ in range(100):
+        for post in posts:
+            summary, confusion = toy.confused_pair(post, rng)
+            equal += summary == confusion
+    # WRONG^3 (who, did, what), times chance .25 each that feeling and question are left out or, if
+    # told, wrong as well: 6.4e-5 * (.25 + .75 * .04)^2 = 5.0e-6, so 10 are expected of two million
+    assert 1 <= equal <= 30
+
+
+def world_of(seed):
+    """Of the data of a default run, the posts that are compared and the pairs that need no model."""
+    posts = toy.make_posts(500 + 3000 + 24000, seed)  # held out, compared, and no more than that
+    return len(toy.make_comparisons(posts[-12000:], [], [], f"train {seed}"))
+
+
+@pytest.mark.slow
+def test_the_data_of_seeds_0_to_200():
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        kept = pool.map(world_of, range(201))
+    assert min(kept) >= 11_990 and max(kept) == 12_000
 
 
 def test_fact_accuracy_counts_stated_facts():
