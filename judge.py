@@ -1,19 +1,38 @@
-"""Who wrote the better summary? Win rates (Stiennon et al. 2020, sections 3.3 and 4.1, app. F).
+"""Who wrote the better summary? Judges, win rates and best of n (Stiennon et al. 2020).
 
-A judge is any callable: judge(posts, summaries_a, summaries_b) -> a list of "A" | "B" | None, where
-None means that it abstains. The paper paid people; here the tiny world's labeler, a language model,
-the reward model or a ruler judges, and a win rate means nothing without the name of its judge.
+Read beside it: section 3.3 and App. C.5 with Table 6 (how people compared two summaries, and what
+they looked for), 4.1 and Fig. 1 (the measure: how often a policy's summary is preferred to the
+human reference), App. F (what of that is length), G.3 and Table 10 (best of n). A judge is any
+callable: judge(posts, summaries_a, summaries_b) -> a list of "A" | "B" | None, None = it abstains.
+
+What differs from the paper, and why:
+
+- The judge. The paper paid people. Here the tiny world's labeler, a language model, the reward
+  model or a ruler judges, and a win rate means nothing without the name of its judge. What a
+  judge is worth is measured first, on the labels of held-out comparisons (judge_the_judge).
+- Both orders. The paper does not say which summary stood first. Models favour a place, so every
+  pair is asked twice, and two answers that contradict each other are a tie.
+- No confidence. People answered on nine points, from "A is far better" to "B is far better".
+- The interval. The paper's error bars are one standard error (footnote 4); these are Wilson's,
+  95 %, which stay inside [0, 1] and do not vanish where all answers are the same.
+- Length control. The paper fits one regression to the comparisons of all its policies; here each
+  pair of policies has its own, with a weak prior that keeps it finite on few posts.
+
 `python judge.py` prints a worked example.
 """
 
 import math
-from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import fmean as mean
 
 import torch
 from transformers.hf_argparser import HfArg
 
-from lm import get_position_ids, load_language_model, pad
+import toy
+from engine.devices import pick_device, weights_dtype
+from engine.models import load_language_model
+from lm import get_position_ids, pad
+from reward import preference_accuracy, preference_loss, score_summaries
 from tldr import build_prompt, truncate_post
 
 
@@ -32,61 +51,75 @@ class JudgeConfig:
 def judge_pairwise(judge, posts, ours, theirs):
     """Ask about every pair in both orders: a list of 1.0 (ours is better) | 0.5 | 0.0 | None.
 
-    The paper does not say how positions were assigned. Judges favour one of them, so a win takes
-    both orders; answers that contradict each other are a tie, and None is where either abstains.
-    Raises ValueError on unequal numbers of items or a verdict that is none of the three.
+    A win takes both orders; two answers that contradict each other are a tie, 0.5; None is where
+    the judge abstains in either order. posts, ours, theirs: lists of equal length, one call of the
+    judge for each order. Raises ValueError on unequal lengths and on a verdict that is none of the
+    three.
     """
     if not len(posts) == len(ours) == len(theirs):
         raise ValueError(f"{len(posts)} posts, {len(ours)} ours and {len(theirs)} theirs: unequal")
+    # First ours is A, then it is B. Huang et al. 2024 (N+) draw one of the two orders for each
+    # pair instead: half the cost, but then one answer can't show that the place decided it.
     both_orders = [list(judge(posts, ours, theirs)), list(judge(posts, theirs, ours))]
     for verdicts in both_orders:
         # Nothing is guessed: `startswith("A")` would take "ANSWER: B" for an A
         wrong = [verdict for verdict in verdicts if verdict not in ("A", "B", None)]
         if wrong or len(verdicts) != len(posts):
             raise ValueError(f'not {len(posts)} x "A", "B" or None: {len(verdicts)}, {wrong[:3]}')
+    # (ours is A, and chosen) + (ours is B, and chosen): 2, 1 or 0 of two. A judge that looks at
+    # nothing but the place, "A" and "A", comes to exactly one half.
     return [None if None in (first, second) else ((first == "A") + (second == "B")) / 2
             for first, second in zip(*both_orders)]
 
 
-# ---------------------------------------------------------------------------- counting
+# ---------------------------------------------------------------------------- counting, section 4.1
 
 
-# ties: the two orders contradict each other, or the summaries are equal
-# total: all that were asked; answered = wins + losses + ties
-# win_rate: (wins + ties / 2) / answered; low, high: its 95 % interval
-# conditional_win_rate: wins / (wins + losses)
-# decision_rate: (wins + losses) / total
-WinRate = namedtuple("WinRate", "wins losses ties abstentions total "
-                                "win_rate conditional_win_rate decision_rate low high")
+@dataclass(frozen=True)
+class WinRate:
+    """Outcomes of judge_pairwise, counted. A rate over nothing is NaN."""
+
+    wins: int  # number of 1.0: ours was chosen in both orders
+    losses: int  # number of 0.0: theirs was chosen in both orders
+    ties: int  # number of 0.5: the two orders contradict each other, or the summaries are equal
+    abstentions: int  # number of None: shown, and never silently a loss or a tie
+    total: int  # wins + losses + ties + abstentions: all that were asked
+    win_rate: float  # (wins + ties / 2) / (wins + losses + ties)
+    conditional_win_rate: float  # wins / (wins + losses)
+    decision_rate: float  # (wins + losses) / total
+    low: float  # where the 95 % interval of win_rate begins: wilson_interval
+    high: float  # and where it ends
 
 
 def rate(count, total):
-    return count / total if total else math.nan  # a rate over nothing is not 0
+    """count / total, NaN for total = 0: a rate over nothing is not 0."""
+    return count / total if total else math.nan
 
 
 def wilson_interval(share, n, z=1.959964):
-    """Wilson's interval of a share among n, 95 % at this z; (NaN, NaN) for n = 0.
+    """(low, high), Wilson's interval of a share among n, 95 % at this z; (NaN, NaN) for n = 0.
 
-    Unlike share +- z * s.e. it stays within [0, 1] and does not shrink to a point at 0 or 1.
+    Its ends are the two p from which the share is z standard errors away, where the standard error
+    is that of p: (share - p)^2 = z^2 p (1 - p) / n.
     """
     if n == 0:
         return math.nan, math.nan
+    # The solutions of that quadratic equation. The plain interval, share +- z standard errors of
+    # the share, would leave [0, 1], and be a point where all answers are the same.
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return max(center - half, 0.0), min(center + half, 1.0)  # rounding: -1e-18 is 0
 
 
 def win_rate(outcomes):
-    """Outcomes of judge_pairwise -> WinRate; ValueError on any other outcome.
-
-    n of the interval is the number of answered posts: two orders of a pair are one sample. With
-    ties it is a little too wide, since a half varies less than a win or a loss.
-    """
+    """Outcomes of judge_pairwise -> WinRate; ValueError on any other outcome."""
     wins, losses, ties, abstentions = (outcomes.count(x) for x in (1.0, 0.0, 0.5, None))
     answered = wins + losses + ties  # an abstention is neither a loss nor a tie
     if answered + abstentions < len(outcomes):
         raise ValueError("an outcome is 1.0, 0.5, 0.0 or None, as judge_pairwise gives them")
-    share = rate(wins + ties / 2, answered)
+    share = rate(wins + ties / 2, answered)  # so that the two sides' rates add up to 1
+    # The interval counts each answered post once: the two orders of a pair are one sample, not two.
+    # With ties it is a little too wide, since a half varies less than a win or a loss.
     return WinRate(wins, losses, ties, abstentions, len(outcomes), share, rate(wins, wins + losses),
                    rate(wins + losses, len(outcomes)), *wilson_interval(share, answered))
 
@@ -104,10 +137,10 @@ def length_controlled_win_rate(outcomes, our_lengths, their_lengths):
         P(win) = sigmoid(a + b * log(our length / their length))
 
     One outcome of judge_pairwise and two positive lengths, in one unit, per post. None is dropped
-    and a tie is a target of 1/2; NaN when nothing is answered. If ours are longer everywhere, no
-    regression can tell length from quality. Raises ValueError on unequal numbers of items, an
-    outcome that is none of the four or a length that is not positive.
+    and a tie is a target of 1/2; NaN when nothing is answered. Raises ValueError on unequal
+    numbers of items, an outcome that is none of the four or a length that is not positive.
     """
+    # What it can't do: if ours are longer everywhere, nothing tells length from quality
     if not (len(outcomes) == len(our_lengths) == len(their_lengths)
             and all(0 < length < math.inf for length in [*our_lengths, *their_lengths])):
         raise ValueError("each of outcomes needs a positive one of our_lengths and their_lengths")
@@ -117,22 +150,42 @@ def length_controlled_win_rate(outcomes, our_lengths, their_lengths):
             in zip(outcomes, our_lengths, their_lengths) if target is not None]
     targets, features = torch.tensor(rows, dtype=torch.float64).split([1, 2], 1)  # (N, 1), (N, 2)
     weights = torch.zeros_like(RIDGE)  # a, b: (2, 1)
-    for _ in range(200):  # Newton's method
-        p = torch.sigmoid(features @ weights)
+    # Newton's method on the penalised log-likelihood, which is concave: it has one maximum, and the
+    # start does not matter. About ten steps are enough; more cost nothing here.
+    for _ in range(200):
+        p = torch.sigmoid(features @ weights)  # (N, 1)
         gradient = features.T @ (targets - p) - RIDGE * weights  # (2, 1)
         curvature = features.T @ (p * (1 - p) * features) + RIDGE * torch.eye(2)  # (2, 2)
         step = torch.linalg.solve(curvature, gradient)
         weights += step / step.norm().clamp(min=1)  # at most 1 long: on flat ground it overshoots
+    # At equal lengths the logarithm is 0, and a alone is left
     return torch.sigmoid(weights[0]).item()
 
 
-def best_of_n_kl(n):
-    """KL of best-of-n from the policy it samples: log n - (n-1)/n nats (Table 10).
+# ---------------------------------------------------------------------------- best of n, G.3
 
-    Exact where no two samples have equal scores, else an upper bound. ValueError for n < 1.
+
+def best_of_n(write, reward_of, model, posts, n):
+    """The best of n samples by the reward model, for each post: a policy that needs no training.
+
+    write(model, posts, temperature, stream) -> summaries; reward_of(posts, summaries) -> floats.
     """
+    # A policy to compare PPO with, not a way to choose what PPO trains on: the best sample is no
+    # draw from the model any more, and PPO's ratio and KL are about draws.
+    repeated = [post for post in posts for _ in range(n)]
+    samples = write(model, repeated, 0.7, "best of n")  # T = 0.7 (G.3); at 0 all n are the same
+    scores = reward_of(repeated, samples)
+    rows = range(0, len(samples), n)  # where each post's samples begin
+    return [samples[max(range(row, row + n), key=scores.__getitem__)] for row in rows]
+
+
+def best_of_n_kl(n):
+    """KL of best-of-n from the policy it samples: log n - (n-1)/n nats (Table 10). ValueError for
+    n < 1."""
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
+    # Exact where no two samples have equal scores, else an upper bound. It depends neither on the
+    # policy nor on the score: the best of n has rank u in (0, 1) with density n u^(n-1).
     return math.log(n) - (n - 1) / n
 
 
@@ -147,6 +200,7 @@ def reward_model_judge(score):
     def judge(posts, summaries_a, summaries_b):
         rows = zip(summaries_a, summaries_b, score(posts, summaries_a), score(posts, summaries_b),
                    strict=True)  # a score too few is an error, not a pair too few
+        # a NaN is neither >= nor <, which leaves None
         return ["A" if a == b or x >= y else "B" if x < y else None for a, b, x, y in rows]
 
     return judge
@@ -176,7 +230,9 @@ Which summary is better? Reply with exactly one letter, A or B."""
 
 
 def answer_tokens(tokenizer):
-    """(2, K): the ids of "A" and of "B", in each spelling ("A", " A") with one token for each."""
+    """(2, K): the ids of "A" and of "B" in K spellings. ValueError if the tokenizer has none."""
+    # "A" or " A", depending on the tokenizer and on what stands before. A spelling that takes one
+    # token for "A" and two for "B" is left out, since to count the one only would favour A.
     pairs = [[tokenizer(space + letter, add_special_tokens=False)["input_ids"] for letter in "AB"]
              for space in ("", " ")]
     # A set, since "A" and " A" are the same token to some tokenizers
@@ -189,9 +245,8 @@ def answer_tokens(tokenizer):
 
 def tokens_around(tokenizer):
     """The token ids before and after the question: a user's turn, or plain text with a cue.
-
-    No text of a user is in here, so that whatever looks like a control token is one.
-    """
+    ValueError for a model that can't but think before it answers: its next token is no letter."""
+    # No post is in here, so whatever looks like a control token is one, and is encoded as one
     place = "{question}"
     text = f"{tokenizer.bos_token or ''}{place}\n\nAnswer:"
     if tokenizer.chat_template:
@@ -204,13 +259,33 @@ def tokens_around(tokenizer):
     return [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
 
 
+def get_prompt(tokenizer, before, after, room, post, summary_a, summary_b):
+    """before + the question about one pair + after, as token ids; the question has at most `room`.
+
+    Only the post loses its end, line by line, never a summary; ValueError if that is not enough.
+    """
+    def encode(text):
+        # The post as in its prompt (B.2), but nobody is asked to go on with a summary here
+        shown = build_prompt({**post, "post": text}).removesuffix("\n\nTL;DR:")
+        # One pass: chained `replace` calls would fill in a "{summary_b}" found in the post
+        question = QUESTION.format(post=shown, summary_a=summary_a, summary_b=summary_b)
+        # split_special_tokens: a typed "<|im_end|>" is text, it does not end the judge's turn
+        return tokenizer(question, add_special_tokens=False, split_special_tokens=True,
+                         verbose=False)["input_ids"]
+
+    text = truncate_post(post["post"], lambda text: len(encode(text)) <= room)
+    if text is None:
+        raise ValueError(f"{room} tokens are too few even without the post: raise max_length")
+    return before + encode(text) + after
+
+
 @torch.no_grad()
 def answer_probabilities(model, prompts, answers, batch_size):
     """Lists of token ids -> (N, 2): P(A) and P(B) as the next token, summed over their spellings.
-
-    One forward pass and no generate(): the checkpoint's own temperature, top-p and repetition
-    penalty play no part, no prose is parsed, and the same question always gets the same answer.
-    """
+    answers: (2, K), of answer_tokens."""
+    # One forward pass and no generate(): the checkpoint's own temperature, top-p (to draw among the
+    # likeliest tokens only) and repetition penalty play no part, no prose is parsed, and the same
+    # question always gets the same answer.
     probabilities = torch.zeros(len(prompts), 2)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of similar length
     for start in range(0, len(order), batch_size):
@@ -227,9 +302,8 @@ def answer_probabilities(model, prompts, answers, batch_size):
 def language_model_judge(model, tokenizer, batch_size=8, min_probability=0.5, max_length=2048):
     """The judge that compares P(A) and P(B) of a language model in eval mode.
 
-    It abstains where P(A) + P(B) < min_probability: the model was going to say something else. A
-    question of more tokens than max_length or the model's limit loses the end of its post, never of
-    a summary; ValueError where that is not enough, where the tokenizer lacks an "A" or a "B", or
+    A question of more tokens than max_length or the model's limit loses the end of its post, never
+    of a summary. ValueError where that is not enough, where the tokenizer lacks an "A" or a "B", or
     where the model can't but think before it answers.
     """
     answers = answer_tokens(tokenizer)
@@ -237,25 +311,13 @@ def language_model_judge(model, tokenizer, batch_size=8, min_probability=0.5, ma
     positions = getattr(model.config, "max_position_embeddings", max_length)  # what it has seen
     room = min(max_length, positions, tokenizer.model_max_length) - len(before) - len(after)
 
-    def get_prompt(post, summary_a, summary_b):
-        def encode(text):
-            shown = build_prompt({**post, "post": text}).removesuffix("\n\nTL;DR:")
-            # One pass: chained `replace` calls would fill in a "{summary_b}" found in the post
-            question = QUESTION.format(post=shown, summary_a=summary_a, summary_b=summary_b)
-            # split_special_tokens: a typed "<|im_end|>" is text, it does not end the judge's turn
-            return tokenizer(question, add_special_tokens=False, split_special_tokens=True,
-                             verbose=False)["input_ids"]
-
-        text = truncate_post(post["post"], lambda text: len(encode(text)) <= room)
-        if text is None:
-            raise ValueError(f"{room} tokens are too few even without the post: raise max_length")
-        return before + encode(text) + after
-
     def judge(posts, summaries_a, summaries_b):
-        verdicts = ["A"] * len(posts)  # equal summaries need no question
+        verdicts = ["A"] * len(posts)  # equal summaries need no question: "A" twice is a tie
         asked = [i for i in range(len(posts)) if summaries_a[i] != summaries_b[i]]
-        prompts = [get_prompt(posts[i], summaries_a[i], summaries_b[i]) for i in asked]
+        prompts = [get_prompt(tokenizer, before, after, room, posts[i], summaries_a[i],
+                              summaries_b[i]) for i in asked]
         probabilities = answer_probabilities(model, prompts, answers, batch_size)
+        # It abstains where "A" and "B" are unlikely: the model was going to say something else
         for i, (p_a, p_b) in zip(asked, probabilities.tolist()):
             # "not >=" instead of "<": a NaN is an abstention too
             verdicts[i] = None if not p_a + p_b >= min_probability else "A" if p_a >= p_b else "B"
@@ -273,16 +335,153 @@ def load_judge(name, score=None, small=False):
     if name in (None, "labeler") or name == "reward_model" and score is None:
         raise ValueError(f"judge {name}: the labeler exists in the tiny world only, reward_model "
                          "needs a score; else name longest, a hub id or a folder")
-    if name == "longest":  # in characters; what every other judge has to beat
+    if name == "longest":  # in characters; what every other judge has to beat (App. F)
         return quality_judge(lambda post, summary: len(summary))
-    if name == "reward_model":
+    if name == "reward_model":  # PPO was trained to please it: shows that, and nothing else
         return reward_model_judge(score)
     # Qwen/Qwen2.5-3B-Instruct, the full preset's, is licensed for non-commercial research only;
     # Qwen/Qwen3-4B-Instruct-2507 is under Apache-2.0.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # bfloat16 is slow on most CPUs
+    device = pick_device()
+    dtype = weights_dtype(device, frozen=True)  # bfloat16 on a GPU, float32 on a CPU
     tokenizer, model = load_language_model(name, device, dtype, small=small)
     return language_model_judge(model.requires_grad_(False), tokenizer)
+
+
+# ---------------------------------------------------------------------------- a run's win rates
+
+
+def mean_words(summaries):
+    return mean(len(summary.split()) for summary in summaries)
+
+
+def judged(run, judge, name, posts, ours, theirs):
+    """Our summaries against theirs: the entry of results.json, and the outcome for each post.
+    name is the judge's, and stands beside its numbers."""
+    outcomes = judge_pairwise(judge, posts, ours, theirs)
+    counted = win_rate(outcomes)
+    answered = counted.total - counted.abstentions
+    if not answered:  # NaN in every table, so it has to be said why
+        run.warn("judge", f"the judge {name} abstained on all {counted.total} posts: its win rates "
+                 "are empty; choose another one")
+    lengths = [[len(text) + 1 for text in side] for side in (ours, theirs)]  # "" has no logarithm
+    return {"n": answered, "judge": name, **asdict(counted),
+            "length_controlled": length_controlled_win_rate(outcomes, *lengths),
+            "mean_length": mean_words(ours), "mean_length_other": mean_words(theirs)}, outcomes
+
+
+# Below, ask(posts, ours, theirs) is `judged` with its run, judge and name filled in.
+
+
+def judge_the_judge(ask, comparisons):
+    """How often the judge agrees with the labels of held-out comparisons: what its win rates are
+    worth."""
+    # As in 3.3, where labelers agree with the authors on 77 % of pairs, and the authors with each
+    # other on 73 %: no judge of real summaries can come much higher. Ties count half.
+    sides = ([row[key] for row in comparisons] for key in ("post", "chosen", "rejected"))
+    entry, _ = ask(*sides)  # a "win" is the summary that people chose
+    print(f"judge {entry['judge']}: agrees with {entry['win_rate']:.3f} ({entry['low']:.3f} - "
+          f"{entry['high']:.3f}) of {len(comparisons)} held-out labels, {entry['abstentions']} "
+          "abstentions")
+    return {"judge_agreement": entry}
+
+
+def agreements(results):
+    """For the report: the judge's agreement with the labels beside that of the reward model and of
+    pick-the-longer (App. F: length alone predicts some), as rows (name, share, low, high, n)."""
+    entry, n = results["judge_agreement"], results["reward_accuracy_n"]
+    rows = [(f"the judge {entry['judge']}", entry["win_rate"], entry["n"]),
+            ("the reward model", results["reward_accuracy"], n),
+            ("pick-the-longer", results["reward_accuracy_longest_wins"], n)]
+    return [(name, share, *wilson_interval(share, count), count) for name, share, count in rows]
+
+
+def judge_during(run, update, ask, posts, summaries, sft_summaries):
+    """Log the win rates of the policy after a PPO update, at T = 0, on a few held-out posts."""
+    # The paper had people judge a few finished runs (Fig. 5). A judge that costs nothing can show
+    # within a run whether preference still grows with the reward.
+    line = {"length": mean_words(summaries)}
+    references = [post["summary"] for post in posts]
+    for name, theirs in (("reference", references), ("sft", sft_summaries[: len(posts)])):
+        entry, _ = ask(posts, summaries, theirs)
+        line |= {f"vs_{name}_{key}": entry[key] for key in ("win_rate", "low", "high", "n")}
+    if "facts" in posts[0]:  # the tiny world, where the taste itself can be read off
+        line["true_quality"] = mean(map(toy.true_quality, posts, summaries))
+    run.log("judge", update, **line, judge=entry["judge"])
+
+
+def compare_summaries(ask, posts, sft_summaries, ppo_summaries, best):
+    """Fig. 1 in numbers: each policy against the references, and PPO against SFT.
+
+    best: the best-of-n summaries of the first len(best) posts. Returns the entries of results.json
+    and the outcomes, two dicts by comparison; outcomes are lists with one for each post.
+    """
+    references = [post["summary"] for post in posts]
+    pairs = {"sft_vs_reference": (sft_summaries, references),
+             "ppo_vs_reference": (ppo_summaries, references),
+             "ppo_vs_sft": (ppo_summaries, sft_summaries),
+             "best_of_n_vs_reference": (best, references[: len(best)])}
+    if "facts" in posts[0]:  # the tiny world: how far anyone can get with this judge
+        pairs["ideal_vs_reference"] = (list(map(toy.ideal_summary, posts)), references)
+    results, outcomes = {}, {}
+    for name, (ours, theirs) in pairs.items():
+        results[name], outcomes[name] = ask(posts[: len(ours)], ours, theirs)
+    return results, outcomes
+
+
+# ---------------------------------------------------------------------------- the reward model, 4.3
+
+
+def length_accuracy(pairs):
+    """Share of pairs (query, chosen, rejected) whose longer summary was chosen; a tie counts half.
+    The baseline that any reward model must beat: labelers like longer summaries (App. F)."""
+    gaps = [len(chosen) - len(rejected) for _, chosen, rejected in pairs]
+    return sum(0.5 if gap == 0 else gap > 0 for gap in gaps) / len(gaps)
+
+
+def count_tokens(pairs, vocabulary_size):
+    """(N, V+1): how often each token is in the chosen summary minus in the rejected one, and a tenth
+    of the difference in length (so that one step of Adam moves it no further than the rest)."""
+    counts = [[torch.bincount(torch.tensor(ids), minlength=vocabulary_size).float()
+               for ids in summaries] for _, *summaries in pairs]
+    gaps = torch.stack([chosen - rejected for chosen, rejected in counts])
+    return torch.cat([gaps, gaps.sum(1, keepdim=True) / 10], 1)
+
+
+def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
+    """Held-out accuracy of a preference model that never sees the post: logistic regression on the
+    counts of each token and the length, fitted to the same pairs. What a reward model has beyond
+    it, it has from reading the post. Ours, not the paper's."""
+    x, weights = (count_tokens(train_pairs, vocabulary_size),
+                  torch.zeros(vocabulary_size + 1, requires_grad=True))
+    optimizer = torch.optim.Adam([weights], lr=0.05)
+    for _ in range(200):  # far enough: a convex loss
+        gaps = x @ weights
+        loss = preference_loss(gaps, torch.zeros_like(gaps)) + 1e-4 * weights.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    gaps = count_tokens(held_out_pairs, vocabulary_size) @ weights.detach()
+    return preference_accuracy(gaps, torch.zeros_like(gaps))
+
+
+def measure_reward_model(reward_model, pairs, held_out, rows, tokenizer):
+    """What results.json holds about the reward model: its accuracy on the held-out comparisons
+    (pairs of token ids, and their rows) beside those of judges that never read the post."""
+    queries, better, worse = zip(*held_out)
+    chosen, rejected = (score_summaries(reward_model, queries, side, tokenizer.pad_token_id)
+                        for side in (better, worse))
+    results = {"reward_accuracy": preference_accuracy(chosen, rejected),
+               "reward_accuracy_longest_wins": length_accuracy(held_out),
+               "reward_accuracy_n": len(held_out)}
+    if "gap" in rows[0]:  # the tiny world, where the labeler's taste is known
+        gaps = torch.tensor([row["gap"] for row in rows])
+        agrees = ((chosen > rejected) == (gaps > 0))[gaps != 0]
+        results |= {
+            "reward_accuracy_post_blind": post_blind_accuracy(pairs, held_out, len(tokenizer)),
+            "reward_accuracy_true_taste": agrees.float().mean().item(),
+            "reward_accuracy_ceiling": toy.label_ceiling(rows),
+            "label_agreement": (gaps[gaps != 0] > 0).float().mean().item()}
+    return results
 
 
 if __name__ == "__main__":

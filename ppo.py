@@ -1,7 +1,18 @@
-"""Step 3: PPO against the reward model (Stiennon et al. 2020, section 3.4 and appendix B.1).
+"""PPO against the reward model (Stiennon et al. 2020, section 3.4, appendices B.1 and G.1).
 
-Sample summaries, score them, pay a KL penalty per token, estimate advantages, and update the
-policy and the critic, four passes over each batch. `python ppo.py` prints a worked example.
+The policy writes summaries, the reward model scores them, a KL penalty holds it to the supervised
+model, and PPO (Schulman et al. 2017) makes what was worth more than expected likelier. Read the
+equations first, each one function; then `rollout`, which gathers all numbers of a batch of
+summaries, and `train_ppo`, which learns from them. `python ppo.py` prints a worked example.
+
+The paper says nothing about clip ranges, whitening, the value loss, or summaries that never end.
+These are from "the 2019 code" (openai/lm-human-preferences, whose trainer the paper's goes back to)
+and from "N+" (Huang et al. 2024, arXiv 2403.17031, a study of this paper's details); each line says
+which. What differs from the paper on purpose:
+
+- Two optimisers, one for the policy and one for the critic, instead of one on a summed loss. They
+  share no weight, so the gradients are the same; what Adam makes of them is not (value_weight).
+- Gradients are clipped to norm 1, since a tiny model's first batches are wild.
 """
 
 import copy
@@ -10,20 +21,22 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers.hf_argparser import HfArg
 
-from lm import add_adapter, check_finite, check_mask, check_shapes, checkpoint_activations
-from lm import generator_for, get_response_mask, linear_schedule, masked_mean, pad
-from lm import response_log_probs, sample, trainable, trim, update, without_adapter, zero_off
-from run import SettingError, agreed, gather, n_processes, rank, sum_over_processes
-from run import warn_of_collapse
+from engine.adapters import checkpoint_activations, merge_adapter, share_trunks, trainable
+from engine.batches import check_finite, cut_by_length, generator_for, mean_of_all, minibatches
+from engine.batches import one_step, over_all, own_queries, own_stream
+from engine.folder import warn_of_collapse
+from engine.processes import all_or_none, sum_over_processes
+from lm import check_mask, check_shapes, get_response_mask, is_eos, join, linear_schedule
+from lm import masked_mean, response_log_probs, sample_responses, zero_off
+from reward import final_scores, response_scores
 
 
 @dataclass
 class PPOConfig:
-    ppo_lr: float = HfArg(default=3e-4, help="paper: 1.5e-5 (1.3B), linear to 0 (B.1)")
+    # 3e-4 and batches of 64, for a model of 150,000 weights
+    ppo_lr: float = HfArg(default=3e-4, help="paper: 1.5e-5 (1.3B), linear decay (B.1)")
     ppo_episodes: int = HfArg(default=2560, help="summaries sampled in all; paper: 1M (B.1)")
     ppo_batch_size: int = HfArg(default=64, help="summaries per update; paper: 512 (B.1)")
     ppo_epochs: int = HfArg(default=4, help="passes over each batch; paper: 4 (B.1)")
@@ -34,6 +47,8 @@ class PPOConfig:
     lam: float = HfArg(default=0.95, help="lambda of GAE; paper: 0.95 (B.1)")
     clip_range: float = HfArg(default=0.2, help="of the ratio; paper silent; 2019 code: 0.2")
     clip_range_value: float = HfArg(default=0.2, help="paper silent; 2019 code: 0.2")
+    # Nearly inert: the critic has an Adam of its own, and Adam divides by the size of the gradient.
+    # From 0.01 to 10 its first step grew from .0177 to .0204.
     value_weight: float = HfArg(default=0.1, help="of the value loss; paper silent; 2019 code: 0.1")
     missing_eos: float = HfArg(default=-1.0, help="score without EOS; paper silent; N+: -1")
     temperature: float = HfArg(default=1.0, help="of rollouts; paper silent; N+: 0.7")
@@ -41,18 +56,14 @@ class PPOConfig:
     max_grad_norm: float = HfArg(default=1.0, help="paper silent; 2019 code: no clipping")
 
 
-def check_response_mask(mask):
-    """Return mask as bool; raise ValueError unless every row has an action."""
-    mask = mask != 0
-    if mask.numel() == 0 or not mask.any(1).all():
-        raise ValueError(f"every row of mask {tuple(mask.shape)} needs at least one action")
-    return mask
+# ---------------------------------------------------------------------------- the reward, 3.4
 
 
 def penalize_missing_eos(scores, mask_has_eos, value=-1.0):
     """Replace the score of a summary that never ended by `value` (N+ detail 23; paper: silent).
 
-    scores, mask_has_eos: (B,) -> (B,). Raises ValueError on unequal shapes.
+    A reward model has seen ended summaries only. scores, mask_has_eos: (B,) -> (B,). Raises
+    ValueError on unequal shapes.
     """
     check_shapes(scores=scores, mask_has_eos=mask_has_eos)
     return torch.where(mask_has_eos != 0, scores, torch.full_like(scores, value))
@@ -61,54 +72,69 @@ def penalize_missing_eos(scores, mask_has_eos, value=-1.0):
 def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_beta):
     """R(x, y) = r(x, y) - beta log[pi_RL(y|x) / pi_SFT(y|x)] (section 3.4), spread over the tokens.
 
-    scores: (B,); log_probs, ref_log_probs, mask: (B, T) -> (B, T), zero off the mask. Each action
-    pays -beta (log_probs - ref_log_probs); the score is paid once, at the last action, so that a
-    row sums to R(x, y).
+    scores: (B,); log_probs, ref_log_probs, mask: (B, T) -> (B, T), zero off the mask. The logarithm
+    of a product is a sum, so each action pays its own -beta (log_probs - ref_log_probs). The score
+    is paid once, at the last action, so that a row sums to R(x, y). Raises ValueError on unequal
+    shapes or a row without an action.
     """
     check_shapes(log_probs=log_probs, ref_log_probs=ref_log_probs, mask=mask)
     if scores.shape != mask.shape[:1]:
         raise ValueError(f"scores {tuple(scores.shape)} must have one entry per row of "
                          f"log_probs, ref_log_probs and mask {tuple(mask.shape)}")
-    mask = check_response_mask(mask)
-    log_probs, ref_log_probs = zero_off(mask, log_probs, ref_log_probs)
-    rewards = -kl_beta * (log_probs - ref_log_probs)
-    last = mask.long().cumsum(1).argmax(1, keepdim=True)
+    mask = check_mask(mask, every_row=True)
+    # log_probs - ref_log_probs estimates the KL from this one summary: its mean over summaries is
+    # the KL, a single one may well be negative
+    rewards = -kl_beta * zero_off(mask, zero_off(mask, log_probs) - zero_off(mask, ref_log_probs))
+    last = mask.long().cumsum(1).argmax(1, keepdim=True)  # (B, 1)
+    # N+ pays the score one place later, at the first padding: the sum is the same, and so is the KL
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+# ---------------------------------------------------------------------------- advantages
 
 
 @torch.no_grad()
 def compute_gae(rewards, values, mask, gamma=1.0, lam=0.95):
-    """Generalised advantage estimation (Schulman et al. 2016), from the last action backwards:
+    """Generalised advantage estimation (GAE, Schulman et al. 2016), from the last action backwards:
 
         delta_t = R_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
 
-    with V = A = 0 after the last action. rewards, values, mask: (B, T), V_t the value of the state
-    before action t -> advantages and returns (A + V), (B, T) each, zero off the mask, detached.
-    Raises ValueError on unequal shapes or a row without an action.
+    with V = A = 0 after the last action. An advantage is how much better an action turned out than
+    the critic expected; lam < 1 trusts the critic more and the single outcome less. gamma = 1 (3.4)
+    and lam = .95 (B.1) are the paper's.
+
+    rewards, values, mask: (B, T), V_t the value of the state before action t -> advantages and
+    returns (A + V), (B, T) each, zero off the mask, detached. Raises ValueError on unequal shapes
+    or a row without an action.
     """
     check_shapes(rewards=rewards, values=values, mask=mask)
-    mask = check_response_mask(mask)
-    rewards, values = zero_off(mask, rewards, values)
+    mask = check_mask(mask, every_row=True)
+    rewards, values = zero_off(mask, rewards), zero_off(mask, values)
     advantages = torch.zeros_like(values)
-    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,): nothing after the end
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0)
         next_value, next_advantage = values[:, t], advantages[:, t]
-    # before whitening: the critic regresses to the unscaled return
-    return advantages, zero_off(mask, advantages + values)[0]
+    # Of the advantages as they are: whitened ones would scale what the critic is to predict
+    return advantages, zero_off(mask, advantages + values)
 
 
 def whiten(x, mask):
     """(x - mean) / sqrt(variance + 1e-8) over the masked entries of the whole batch, else zero.
 
-    Paper silent; the 2019 code and N+ (detail 25) whiten advantages so, with the population
-    variance. 1e-8 keeps a constant input finite. x, mask: (B, T) -> (B, T).
+    So the size of a step does not depend on the scale of the rewards. Paper silent; the 2019 code
+    and N+ (detail 25) whiten advantages so, with the population variance. 1e-8 keeps a constant
+    input finite. x, mask: (B, T) -> (B, T). Raises ValueError on unequal shapes or an empty mask.
     """
     mean = masked_mean(x, mask)
-    (x,) = zero_off(mask != 0, x)
+    mask = mask != 0
+    x = zero_off(mask, x)
     variance = masked_mean((x - mean) ** 2, mask)
-    return zero_off(mask != 0, (x - mean) * torch.rsqrt(variance + 1e-8))[0]
+    return zero_off(mask, (x - mean) * torch.rsqrt(variance + 1e-8))
+
+
+# ---------------------------------------------------------------------------- the two losses
 
 
 def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
@@ -116,19 +142,25 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
 
         E[ max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range)) ]
 
-    All (B, T) -> the mean over the masked tokens of the batch, and the fraction of them where the
-    clip holds the policy back. Raises ValueError on unequal shapes or an empty mask.
+    Where an action has already become likelier (or less likely) by clip_range than it was when it
+    was sampled, in the direction of its advantage, its gradient is zero: the batch says no more
+    about policies further away. All (B, T) -> the mean over the masked tokens of the batch, and the
+    fraction of them where the clip holds the policy back. Raises ValueError on unequal shapes or an
+    empty mask.
     """
     check_shapes(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
     mask = check_mask(mask)
-    log_probs, old_log_probs, advantages = zero_off(mask, log_probs, old_log_probs, advantages)
+    log_ratio = zero_off(mask, log_probs) - zero_off(mask, old_log_probs)
+    advantages = zero_off(mask, advantages)
     # beyond 88 exp overflows float32, and inf would make the gradient NaN where the clip has won
-    largest = math.floor(math.log(torch.finfo(log_probs.dtype).max))
-    ratio = torch.exp((log_probs - old_log_probs).clamp(max=largest))
+    largest = math.floor(math.log(torch.finfo(log_ratio.dtype).max))
+    ratio = torch.exp(log_ratio.clamp(max=largest))
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    # The larger loss is the more careful promise. Where the ratio has moved the wrong way, that is
+    # the plain one, and its gradient leads back
     loss = masked_mean(torch.max(plain, clipped), mask)
-    return loss, masked_mean((clipped > plain).float(), mask)
+    return loss, masked_mean((clipped > plain).to(loss.dtype), mask)
 
 
 def value_loss(values, old_values, returns, mask, clip_range=0.2):
@@ -136,92 +168,126 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 
         1/2 E[ max((V - R)^2, (clip(V, V_old - clip_range, V_old + clip_range) - R)^2) ]
 
-    All (B, T) -> the masked mean, and the fraction of tokens where the clipped term is larger.
-    Raises ValueError on unequal shapes or an empty mask.
+    The critic learns to predict the returns, no further than clip_range from what it said when the
+    summaries were sampled. All (B, T) -> the masked mean, and the fraction of tokens where the
+    clipped term is larger. Raises ValueError on unequal shapes or an empty mask.
     """
     check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
     mask = check_mask(mask)
-    values, old_values, returns = zero_off(mask, values, old_values, returns)
+    values, old_values = zero_off(mask, values), zero_off(mask, old_values)
+    returns = zero_off(mask, returns)
+    # The returns stay what they were in all four passes; there is no bootstrapping from new values
     plain = (values - returns) ** 2
     # not old + clamp(new - old), which is off new by a rounding error where nothing is clipped
     near_old = values.clamp(old_values - clip_range, old_values + clip_range)
     clipped = (near_old - returns) ** 2
     loss = 0.5 * masked_mean(torch.max(plain, clipped), mask)
-    return loss, masked_mean((clipped > plain).float(), mask)
+    return loss, masked_mean((clipped > plain).to(loss.dtype), mask)
 
 
-# ---------------------------------------------------------------------------- the loop
+# ---------------------------------------------------------------------------- a batch of summaries
+
+
+@dataclass
+class Microbatch:
+    """Some posts of a batch with all their summaries, and what the update reads of them. b rows: k
+    summaries of each post, one post after the other; row i is a summary of queries[post[i]]."""
+
+    post: torch.Tensor  # (b,)
+    input_ids: torch.Tensor  # (b, Q+T), Q and T as wide as these rows need
+    attention_mask: torch.Tensor  # (b, Q+T)
+    mask: torch.Tensor  # (b, T) bool: the actions, EOS included
+    ended: torch.Tensor  # (b,) bool: it wrote EOS
+    log_probs: torch.Tensor  # (b, T) of pi_old, the policy that wrote them
+    ref_log_probs: torch.Tensor  # (b, T) of pi_SFT
+    values: torch.Tensor  # (b, T): V before each action
+    scores: torch.Tensor  # (b,): r(x, y)
+    kl: torch.Tensor  # (b,): log pi_old(y|x) / pi_SFT(y|x), nats per summary
+    rewards: torch.Tensor  # (b, T)
+    advantages: torch.Tensor  # (b, T)
+    returns: torch.Tensor  # (b, T)
+
+    @property
+    def text(self):
+        """What a network takes to read these rows: input_ids, attention_mask, T."""
+        return self.input_ids, self.attention_mask, self.mask.shape[1]
 
 
 def response_values(critic, input_ids, attention_mask, width, k=1):
-    """V_t from the position before action t: (B, Q+T) -> (B, T). A value never sees its action."""
-    return critic.at_response(input_ids, attention_mask, width, k)[:, :-1]
+    """V_t, read at the position before action t: (B, Q+T) -> (B, T). A value never sees its action:
+    it is what the critic expects of a summary that has been written up to there."""
+    return response_scores(critic, input_ids, attention_mask, width, k)[:, :-1]
 
 
+@all_or_none
 @torch.no_grad()
 def rollout(policy, reference, reward_model, critic, queries, tokenizer, config, generator):
-    """Sample return_sequences summaries for each query (lists of token ids), and all that the
-    update reads of them.
+    """Sample summaries of the queries (lists of token ids), and gather all numbers about them.
 
-    Returns a dict of tensors with rows B: input_ids and attention_mask (B, Q+T); mask, log_probs,
-    ref_log_probs, values, advantages, returns (B, T); scores, kl, ended (B,).
+    Returns a list of Microbatch, in the order of length where there are several. Raises
+    FloatingPointError where a score, a KL or a return is not finite.
     """
-    pad_id, eos, k = tokenizer.pad_token_id, tokenizer.eos_token_id, config.return_sequences
-    n = max(1, (config.rollout_batch_size or k * len(queries)) // k)  # posts at a time
-    if n < len(queries):
-        queries = sorted(queries, key=len)  # little padding in each part
-    responses = []
-    for start in range(0, len(queries), n):
-        ids, mask = (x.to(policy.device) for x in pad(queries[start : start + n], pad_id, True))
-        responses += sample(policy, ids, mask, config.response_length, eos_token_id=eos,
-                            pad_token_id=pad_id, temperature=config.temperature,
-                            generator=generator, k=k)
-    responses = pad_sequence(responses, batch_first=True, padding_value=pad_id)
-    query_ids, query_mask = (x.to(policy.device).repeat_interleave(k, 0)
-                             for x in pad(queries, pad_id, left=True))
-    mask = get_response_mask(responses, eos)
-    ended = (responses == eos).any(1)
-    input_ids = torch.cat([query_ids, responses], 1)
-    attention_mask = torch.cat([query_mask, mask.long()], 1)
+    k = config.return_sequences
+    # 1. k summaries of each post, y ~ pi_RL(. | x), token by token until EOS ends them (3.4).
+    # All of them are trained on: the best of k would be no sample of pi_old, whose ratio PPO takes.
+    responses = sample_responses(policy, tokenizer, queries, config.response_length,
+                                 config.temperature, generator, config.rollout_batch_size, k)
+    batch = []
+    # The microbatches are cut here, once: what is measured now has the same rows and padding when
+    # it is compared in the update, so that the ratio starts at 1 in any precision (in bfloat16,
+    # other padding alone moves log-probs by up to .18 nats). It restricts the passes a little: they
+    # may shuffle microbatches, not rows.
+    lengths = [len(query) + sum(len(y) for y in responses[k * i : k * (i + 1)])
+               for i, query in enumerate(queries)]
+    for some in cut_by_length(lengths, config):
+        # All k summaries of a post stay together, one row each
+        posts = [i for i in some for _ in range(k)]  # the post of each row
+        rows = [k * i + j for i in some for j in range(k)]
+        input_ids, attention_mask, Q = join(
+            [queries[i] for i in posts], [responses[row] for row in rows],
+            tokenizer.pad_token_id, policy.device)  # (b, Q+T)
+        mask = get_response_mask(input_ids[:, Q:], tokenizer.eos_token_id)  # (b, T)
+        T = mask.shape[1]
+        ended = is_eos(input_ids[:, Q:], tokenizer.eos_token_id).any(1)  # (b,)
 
-    T, measured = responses.shape[1], []
-    for ids, real in zip(input_ids.split(n * k), attention_mask.split(n * k)):
-        ids, real, width = trim(ids, real, T)
-        inputs = ids, real, width
-        with without_adapter(reference):
-            ref_log_probs = response_log_probs(reference, *inputs, config.temperature, k)
-        by_token = (response_log_probs(policy, *inputs, config.temperature, k), ref_log_probs,
-                    response_values(critic, *inputs, k))
-        measured.append([F.pad(x, (0, T - width)) for x in by_token]
-                        + [reward_model.score(*inputs, k)])
-    log_probs, ref_log_probs, values, scores = map(torch.cat, zip(*measured))
-    scores = penalize_missing_eos(scores, ended, config.missing_eos)
+        # 2. The four networks read them.
+        text = input_ids, attention_mask, T
+        log_probs = response_log_probs(policy, *text, config.temperature, k)  # (b, T)
+        ref_log_probs = response_log_probs(reference, *text, config.temperature, k)  # (b, T)
+        values = response_values(critic, *text, k)  # (b, T)
+        scores = final_scores(reward_model, *text, k)  # (b,)
 
-    rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_beta)
-    advantages, returns = compute_gae(rewards, values, mask, config.gamma, config.lam)
-    kl = zero_off(mask, log_probs - ref_log_probs)[0].sum(1)  # nats per summary
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "mask": mask,
-            "log_probs": log_probs, "ref_log_probs": ref_log_probs, "values": values,
-            "advantages": advantages, "returns": returns,
-            "scores": scores, "kl": kl, "ended": ended}
+        # 3. R = r - beta log(pi_RL / pi_SFT), token by token (3.4). The score of a summary without
+        # EOS is replaced before it is paid: nobody has been shown a summary that breaks off.
+        scores = penalize_missing_eos(scores, ended, config.missing_eos)
+        rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_beta)
+        kl = zero_off(mask, log_probs - ref_log_probs).sum(1)
 
-
-def whiten_over_processes(advantages, mask):
-    """whiten over the tokens of all processes: gather, whiten, take our own."""
-    tokens = gather(advantages[mask])  # one vector per process
-    flat = torch.cat(tokens)
-    parts = whiten(flat, torch.ones_like(flat)).split([len(part) for part in tokens])
-    return torch.zeros_like(advantages).masked_scatter(mask, parts[rank()])
+        # 4. Advantages and returns: GAE with gamma = 1 (3.4) and lambda = .95 (B.1).
+        advantages, returns = compute_gae(rewards, values, mask, config.gamma, config.lam)
+        for name, x in (("reward", scores), ("KL", kl), ("return", returns)):
+            check_finite(name, x)
+        batch.append(Microbatch(torch.tensor(posts), input_ids, attention_mask, mask, ended,
+                                log_probs, ref_log_probs, values, scores, kl, rewards, advantages,
+                                returns))
+    return batch
 
 
-def check_first_update(log_probs, batch, tolerance=1e-4):
+def whiten_batch(batch):
+    """Whiten the advantages over all actions of the update, of all microbatches and processes."""
+    actions = [part.advantages[part.mask] for part in batch]  # a vector for each
+    for part, white in zip(batch, over_all(lambda x: whiten(x, torch.ones_like(x)), actions)):
+        part.advantages = torch.zeros_like(part.advantages).masked_scatter(part.mask, white)
+
+
+def check_first_update(log_probs, part, tolerance=1e-3):
     """Before the first update the policy is both the sampler and the SFT model: ratio 1, KL 0.
 
     Raises RuntimeError otherwise: then padding, positions, dropout or precision differ between two
     forward passes of one model, and every later ratio would be wrong by as much.
     """
-    for name, other in (("old", batch["log_probs"]), ("reference", batch["ref_log_probs"])):
-        gap = zero_off(batch["mask"], (log_probs - other).abs())[0].max().item()
+    for name, other in (("old", part.log_probs), ("reference", part.ref_log_probs)):
+        gap = zero_off(part.mask, (log_probs - other).abs()).max().item()
         if not gap <= tolerance:
             raise RuntimeError(
                 f"before the first update the policy's log-probs differ from the {name} ones by "
@@ -230,117 +296,98 @@ def check_first_update(log_probs, batch, tolerance=1e-4):
                 "half precision")
 
 
-def posts_per_update(config):
-    """Posts whose summaries make one update; SettingError unless the processes share them evenly
-    (one with fewer would make fewer minibatches, and the others wait for it)."""
-    n_posts = max(1, config.ppo_batch_size // config.return_sequences)
-    if n_posts % n_processes():
-        raise SettingError(f"--ppo_batch_size {config.ppo_batch_size}: {n_posts} posts an update "
-                           f"can't be shared evenly among {n_processes()} processes")
-    return n_posts
+# ---------------------------------------------------------------------------- the loop
 
 
-def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=None):
-    """Step 3. Changes policy in place and returns the critic.
-
-    queries: lists of token ids. evaluate(update), if given, is called after every update.
-    The SFT model (reference) and the reward model stay as they are.
-    """
+def four_networks(policy, reward_model, critic, config, seed):
+    """The policy to train, its frozen reference, and the critic to train (section 3.4)."""
     reward_model.requires_grad_(False)
-    # section 3.4: the value function is initialised to the reward model, head and all, and shares
-    # no weight with the policy, which value updates could damage early on (App. G.1)
-    if config.lora_rank:  # pi_SFT is the policy without its adapter, r the critic without its own
-        torch.manual_seed(run.seed)
-        network = reference = add_adapter(policy, config.lora_rank)
-        reward_model.trunk = add_adapter(reward_model.trunk, config.lora_rank)
-        # deepcopy takes what its second argument holds for copied: the two share the trunk
-        critic = copy.deepcopy(reward_model, {id(reward_model.trunk): reward_model.trunk})
-        critic.head.requires_grad_(True)
-        reward_model.use_adapter = False
+    if config.lora_rank:  # a departure: adapters, and both pairs share one trunk's frozen weights
+        policy, reference, critic = share_trunks(policy, reward_model, config.lora_rank, seed)
     else:
-        network, reference = policy, copy.deepcopy(policy).requires_grad_(False)
-        critic = copy.deepcopy(reward_model).requires_grad_(True)
-    if config.checkpoint_activations:
-        checkpoint_activations(policy)
-        checkpoint_activations(critic.trunk)
-    policy_optimizer, critic_optimizer = (
-        torch.optim.Adam(trainable(model), lr=config.ppo_lr, eps=1e-5, fused=True)
-        for model in (network, critic))
+        # pi_SFT is what the policy is now. V starts as the reward model, head and all (3.4), with
+        # weights of its own: in the policy's, its updates could do damage early on (G.1).
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        critic = critic or copy.deepcopy(reward_model).requires_grad_(True)
+    for network in (policy, critic.trunk) if config.checkpoint_activations else ():
+        checkpoint_activations(network)
+    return policy, reference, critic
 
-    def parts(posts, count):
-        """The microbatches of these posts' summaries, each with its share of the minibatch's
-        tokens, of similar length and without the columns that are padding in all rows."""
-        size = max(1, (config.micro_batch_size or k * len(posts)) // k)
-        if size < len(posts):
-            posts = posts[batch["attention_mask"][::k].sum(1)[posts].argsort()]
-        for some in posts.split(size):
-            rows = (some[:, None] * k + torch.arange(k, device=some.device)).flatten()
-            part = {name: tensor[rows] for name, tensor in batch.items()}
-            ids, real, width = trim(part["input_ids"], part["attention_mask"],
-                                    part["mask"].shape[1])
-            part = {name: x[:, :width] if x.dim() > 1 else x for name, x in part.items()}
-            yield (ids, real, width), part, part["mask"].sum().double() / count
 
-    def policy_of(inputs, part):
-        log_probs = response_log_probs(network, *inputs, config.temperature, k)
-        if step == n_updates == 0:
-            exact = (policy.dtype == torch.float32
-                     and not torch.is_autocast_enabled(policy.device.type))
-            check_first_update(log_probs.detach(), part, 1e-4 if exact else 5e-2)
-        return policy_loss(log_probs, part["log_probs"], part["advantages"], part["mask"],
-                           config.clip_range)
+def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=None, critic=None):
+    """Changes policy in place and returns the critic; pi_SFT and the reward model stay as they are.
 
-    def value_of(inputs, part):
-        return value_loss(response_values(critic, *inputs, k), part["values"], part["returns"],
-                          part["mask"], config.clip_range_value)
+    queries: posts as lists of token ids. They need no summary: PPO learns from its own. evaluate:
+    called as evaluate(update) after each update. critic: one that is no copy of the reward model.
+    """
+    policy, reference, critic = four_networks(policy, reward_model, critic, config, run.seed)
+    # eps: N+; the paper doesn't say. fused: the same step, in one kernel
+    policy_adam = torch.optim.Adam(trainable(policy), lr=config.ppo_lr, eps=1e-5, fused=True)
+    critic_adam = torch.optim.Adam(trainable(critic), lr=config.ppo_lr, eps=1e-5, fused=True)
+    k = config.return_sequences  # summaries of a post
+    T = config.temperature  # one for sampling and for all log-probs
+    n_updates = max(1, config.ppo_episodes // config.ppo_batch_size)  # paper: 1M / 512 = 1,953
+    for update in run.steps("ppo", n_updates, snapshot=True, policy=policy, critic=critic,
+                            policy_optimizer=policy_adam, critic_optimizer=critic_adam):
+        lr = config.ppo_lr * linear_schedule(update, n_updates)  # B.1
 
-    def losses(name, loss_of, weight, posts, count):
-        for inputs, part, share in parts(posts, count):
-            loss, clipped = loss_of(inputs, part)
-            stats[f"{name}_loss"] += loss.detach() * share
-            stats[f"{name}_clip_fraction"] += clipped * share
-            yield weight * loss * share
+        # A batch of fresh summaries by pi_old, the policy as it is now (512 in the paper); their
+        # advantages are whitened over all of it, before it is cut into minibatches
+        posts = own_queries(queries, update, config)
+        batch = rollout(policy, reference, reward_model, critic, posts, tokenizer, config,
+                        own_stream(run.seed, "ppo", update, policy.device))
+        whiten_batch(batch)
 
-    k = config.return_sequences
-    n_posts = posts_per_update(config)
-    total = max(1, config.ppo_episodes // config.ppo_batch_size)
-    for step in run.steps("ppo", total, snapshot=True, policy=network, critic=critic,
-                          policy_optimizer=policy_optimizer, critic_optimizer=critic_optimizer):
-        generator = generator_for(run.seed, "ppo", step * n_processes() + rank(),
-                                  device=policy.device)
-        chosen = range(step * n_posts, (step + 1) * n_posts)[rank() :: n_processes()]
-        # every summary of a post is trained on: a best-of-n choice would not be pi_old's sample
-        with agreed():
-            batch = rollout(network, reference, reward_model, critic,
-                            [queries[i % len(queries)] for i in chosen], tokenizer, config,
-                            generator)
-            check_finite(reward=batch["scores"], KL=batch["kl"], **{"return": batch["returns"]})
-        batch["advantages"] = whiten_over_processes(batch["advantages"], batch["mask"])
-        lr = config.ppo_lr * linear_schedule(step, total)
-        n_updates, stats = 0, Counter()
+        # Four passes over it (B.1), and in each a step of both networks on every minibatch. There
+        # is no entropy bonus, since the KL penalty does its work (3.4), and beta never adapts (B.1)
+        sums, n_steps = Counter(), 0
         for epoch in range(config.ppo_epochs):
-            order = torch.randperm(len(chosen),
-                                   generator=generator_for(run.seed, "ppo epoch", step, epoch))
-            for posts in order.to(policy.device).chunk(config.ppo_minibatches):
-                count = sum_over_processes(batch["mask"].unflatten(0, (-1, k))[posts].sum())
-                update(policy_optimizer, losses("policy", policy_of, 1, posts, count), lr,
-                       config.max_grad_norm, "policy_loss")
-                update(critic_optimizer,
-                       losses("value", value_of, config.value_weight, posts, count), lr,
-                       config.max_grad_norm, "value_loss")
-                n_updates += 1
-        means = {"reward": batch["scores"], "kl_per_summary": batch["kl"],
-                 "length": batch["mask"].sum(1), "ended": batch["ended"],
-                 "entropy": -batch["log_probs"][batch["mask"]]}
-        run.log("ppo", step, lr=lr,
-                **{name: torch.cat(gather(x.float())).mean().item() for name, x in means.items()},
-                **{name: sum_over_processes(x).item() / n_updates for name, x in stats.items()})
-        warn_of_collapse(run)
+            order = generator_for(run.seed, "ppo epoch", update, epoch)
+            for minibatch in minibatches(batch, config.ppo_minibatches, order):
+                # The policy's step: actions that did better than expected become likelier. A
+                # minibatch may be read in parts; share is how much of its tokens a part has
+                with one_step(policy_adam, lr, config.max_grad_norm, "policy loss") as step:
+                    for part, share in minibatch:
+                        log_probs = response_log_probs(policy, *part.text, T, k)  # (b, T)
+                        if update == n_steps == 0:  # nothing has changed yet: the ratio is 1
+                            check_first_update(log_probs.detach(), part)
+                        loss, clipped = policy_loss(log_probs, part.log_probs, part.advantages,
+                                                    part.mask, config.clip_range)
+                        step.add(loss * share)
+                        sums["policy_loss"] += loss.detach() * share
+                        sums["policy_clip_fraction"] += clipped * share
+
+                # The critic's step: what it expected comes closer to what was earned
+                with one_step(critic_adam, lr, config.max_grad_norm, "value loss") as step:
+                    for part, share in minibatch:
+                        values = response_values(critic, *part.text, k)  # (b, T)
+                        loss, clipped = value_loss(values, part.values, part.returns, part.mask,
+                                                   config.clip_range_value)
+                        step.add(config.value_weight * loss * share)
+                        sums["value_loss"] += loss.detach() * share
+                        sums["value_clip_fraction"] += clipped * share
+                n_steps += 1
+        log_update(run, update, lr, batch, sums, n_steps)
         if evaluate:
-            evaluate(step + 1)
-    if config.lora_rank:
-        network.merge_and_unload()  # into the weights of policy
+            evaluate(update + 1)
+    merge_adapter(policy)  # if it has one
     return critic
+
+
+def log_update(run, update, lr, batch, sums, n_steps):
+    """A line of metrics.jsonl, means over the whole batch; and a warning where a run goes wrong."""
+    metrics = {
+        "lr": lr,
+        "reward": mean_of_all([part.scores for part in batch]),  # references have mean 0
+        "kl_per_summary": mean_of_all([part.kl for part in batch]),  # nats
+        "length": mean_of_all([part.mask.sum(1) for part in batch]),  # tokens
+        "ended": mean_of_all([part.ended for part in batch]),
+        # -log pi of what was sampled: on average the entropy, in nats per token
+        "entropy": mean_of_all([-part.log_probs[part.mask] for part in batch])}
+    for name, total in sums.items():
+        metrics[name] = sum_over_processes(total).item() / n_steps
+    run.log("ppo", update, **metrics)
+    warn_of_collapse(run)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""Step 2: the reward model (Stiennon et al. 2020, section 3.4 and appendix B.1).
+"""The reward model r(x, y) (Stiennon et al. 2020, section 3.4 and appendix B.1).
 
-A language-model trunk with a scalar head, trained on pairs of summaries of one post so that the
-preferred summary scores higher, then shifted so that the human references score 0 on average.
-`python reward.py` prints a worked example.
+People compared pairs of summaries of one post (3.3). A language model with a scalar head learns to
+score the summary they preferred higher: `preference_loss`, the first equation of section 3.4. Then
+its scores are shifted so that the human references score 0 on average. PPO is paid by it.
+
+Read in this order: the loss, the model, the training loop. A score means something at the last
+token of a summary alone, where it was trained. How good the model has become: `judge.py`.
+
+What differs from the paper: one seed, where it keeps the best of 3 to 10 (B.1); a larger rate and a
+smaller batch, for a tiny model. `python reward.py` prints a worked example.
 """
 
 import copy
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,100 +23,177 @@ from safetensors.torch import load_model, save_model
 from transformers import AutoConfig, AutoModel
 from transformers.hf_argparser import HfArg
 
-from lm import check_shapes, cosine_schedule, epoch_batches, get_position_ids, join
-from lm import last_token_index, microbatches, pack, trainable, unpack, update, without_adapter
-from run import sum_over_processes
+from engine.adapters import has_adapter, merge_adapter, trainable
+from engine.batches import microbatches, one_step, pack, rows_of_step, steps_per_epoch, unpack
+from engine.devices import full_precision
+from engine.processes import sum_over_processes
+from lm import check_shapes, cosine_schedule, get_position_ids, join, last_token_index
 
 
 @dataclass
 class RewardConfig:
+    # 6e-4 and 8: with 1e-3, or with batches of 64, the tiny model learned form instead of reading
     reward_lr: float = HfArg(default=6e-4, help="paper: 1.5e-5 (1.3B), cosine (B.1)")
     reward_batch_size: int = HfArg(default=8, help="pairs per step; paper: 64 (B.1)")
     reward_epochs: int = HfArg(default=1, help="paper: 1 (B.1)")
 
 
+# ---------------------------------------------------------------------------- the loss, 3.4
+
+
 def preference_loss(chosen, rejected):
     """loss(r) = -E[log sigmoid(r(x, y_chosen) - r(x, y_rejected))], section 3.4.
 
-    chosen, rejected: (B,) scores of the two summaries of each post -> scalar, in nats.
-    logsigmoid, since -log(sigmoid(d)) is inf from d = -104 on in float32, where the loss is 104.
-    Raises ValueError on unequal shapes or no pair.
+    The difference of two scores is read as the log-odds that a labeler prefers the first (the model
+    of Bradley and Terry). chosen, rejected: (B,) scores of the two summaries of each post ->
+    scalar, in nats. Raises ValueError on unequal shapes or no pair.
     """
     check_shapes(chosen=chosen, rejected=rejected)
     if chosen.numel() == 0:
         raise ValueError(f"no pair: chosen and rejected have shape {tuple(chosen.shape)}")
+    # logsigmoid, since -log(sigmoid(d)) is inf from d = -104 on in float32, where the loss is 104.
+    # Figure 2 of the paper prints the loss without its minus sign; section 3.4 has it.
     return -F.logsigmoid(chosen - rejected).mean()
 
 
+# ---------------------------------------------------------------------------- the model, B.1
+
+
 class RewardModel(nn.Module):
-    """Trunk of any AutoModelForCausalLM (copied, its lm head dropped) and a scalar head."""
+    """The trunk of a language model (any AutoModelForCausalLM, copied, its lm head dropped) and a
+    linear head that makes one number of each hidden state. The paper starts from pi_SFT (3.4)."""
 
-    use_adapter = True  # False where the trunk is shared with a critic, whose adapter is not ours
-
-    def __init__(self, language_model):
+    def __init__(self, language_model, own_copy=True):
         super().__init__()
-        self._build(copy.deepcopy(language_model.base_model))
-
-    def _build(self, trunk):
-        self.trunk = trunk.eval()
+        trunk = language_model.base_model
+        # A copy: pi_SFT stays as it is. eval(): no dropout, so that a score is always the same
+        self.trunk = (copy.deepcopy(trunk) if own_copy else trunk).eval()
         width = trunk.config.hidden_size  # d
-        self.head = nn.Linear(width, 1, device=trunk.device)
-        # App. B.1: weights ~ N(0, variance 1/(d+1)), so that a first score is of order 1
+        self.head = nn.Linear(width, 1, device=trunk.device)  # (B, L, d) -> (B, L, 1)
+        # B.1: weights ~ N(0, 1/(d+1)), the second number a variance. A hidden state has d entries
+        # of order 1, so a first score is of order 1 too, where the sigmoid is steep.
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1))
         nn.init.zeros_(self.head.bias)
+        # subtracted from each score; a buffer, so that it is saved and copied with the weights
         self.register_buffer("reference_mean", torch.zeros((), device=trunk.device))
 
-    def forward(self, input_ids, attention_mask):
-        """(B, L), (B, L) -> (B, L): a score at every real position; at padding it means nothing."""
-        return self.scores_of(input_ids=input_ids, attention_mask=attention_mask,
-                              position_ids=get_position_ids(attention_mask))
+    def forward(self, input_ids, attention_mask, position_ids=None):
+        """(B, L), (B, L) -> (B, L): a score at every real position; at padding it means nothing.
 
-    def scores_of(self, **inputs):
-        with nullcontext() if self.use_adapter else without_adapter(self.trunk):
-            hidden = self.trunk(**inputs, use_cache=False).last_hidden_state  # (B, L, d)
-        # a score is a single number: float32, whatever the trunk and autocast compute in
-        with torch.autocast(hidden.device.type, enabled=False):
-            scores = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)
+        position_ids: given with an attention_mask (B, 1, L, L) of several summaries a row
+        (`response_scores`). Raises ValueError on unequal shapes.
+        """
+        if position_ids is None:  # one summary a row, as in `score`
+            check_shapes(input_ids=input_ids, attention_mask=attention_mask)
+            position_ids = get_position_ids(attention_mask)
+        hidden = self.trunk(input_ids=input_ids, attention_mask=attention_mask,
+                            position_ids=position_ids, use_cache=False).last_hidden_state
+        with full_precision(hidden.device):  # one number is all there is of a score: float32
+            scores = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)  # (B, L)
         return scores - self.reference_mean
 
-    def at_response(self, input_ids, attention_mask, width, k=1):
-        """(B, Q+T) -> (B, 1+T): the scores at the post's end and at each token of the response;
-        k > 1: the rows are k responses to each post, computed once (lm.pack)."""
-        scores = self.scores_of(**pack(input_ids, attention_mask, width, k, self.trunk.dtype))
-        return unpack(scores[:, -k * width - 1 :], width, k)
+    def score(self, input_ids, attention_mask):
+        """r(x, y): (B, L), (B, L) -> (B,), read at the last real token: EOS, if y ended.
 
-    def score(self, input_ids, attention_mask, width=None, k=1):
-        """(B, L), (B, L) -> (B,): the score at the last real token, the EOS of an ended summary."""
-        if k > 1:
-            last = attention_mask[:, -width:].sum(1, keepdim=True)
-            return self.at_response(input_ids, attention_mask, width, k).gather(1, last).squeeze(1)
+        Only there has the model seen all of y. (The 2020 code reads it there; the paper says that a
+        reward is for a whole summary.)
+        """
         scores = self(input_ids, attention_mask)
-        return scores.gather(1, last_token_index(attention_mask)[:, None]).squeeze(1)
+        last = last_token_index(attention_mask)[:, None]  # (B, 1)
+        return scores.take_along_dim(last, 1).squeeze(1)
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (trunk, head, reference_mean) to folder."""
+        # an adapter is added to a copy of the weights: this model may go on training it
+        model = copy.deepcopy(self) if has_adapter(self.trunk) else self
+        model.trunk = merge_adapter(model.trunk)
         self.trunk.config.save_pretrained(folder)
-        model = self
-        if hasattr(self.trunk, "merge_and_unload"):  # an adapter is added to a copy of the weights
-            model = copy.deepcopy(self)
-            model.trunk = model.trunk.merge_and_unload()
         save_model(model, str(Path(folder) / "model.safetensors"))
 
     @classmethod
     def from_pretrained(cls, folder):
         """The model that save_pretrained wrote, in eval mode: the same scores to the last bit."""
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model._build(AutoModel.from_config(config))
+        # The weights that it draws are all replaced; load_model refuses where one is missing
+        model = cls(AutoModel.from_config(config), own_copy=False)
         load_model(model, str(Path(folder) / "model.safetensors"))
         return model.eval()
+
+
+def response_scores(model, input_ids, attention_mask, width, k=1):
+    """Scores at the end of the post and at each token of the response: (B, Q+T) -> (B, 1+T).
+
+    width: T. k > 1: the rows are k responses to each post, and the post is computed once for all of
+    them (engine/batches.py); the numbers are those of `forward`.
+    """
+    position_ids = get_position_ids(attention_mask)
+    # A row of k summaries needs a mask and positions of its own: none may see another one
+    inputs = pack(input_ids, attention_mask, position_ids, width, k, model.trunk.dtype)
+    scores = model(**inputs)  # (B/k, Q+kT)
+    return unpack(scores[:, -k * width - 1 :], width, k)
+
+
+def final_scores(model, input_ids, attention_mask, width, k=1):
+    """`RewardModel.score` for k responses to each post: (B, Q+T) -> (B,)."""
+    scores = response_scores(model, input_ids, attention_mask, width, k)  # (B, 1+T)
+    # column 0 is the end of the post, so that of the n-th and last token is n
+    last = attention_mask[:, -width:].sum(1, keepdim=True)  # (B, 1)
+    return scores.take_along_dim(last, 1).squeeze(1)
+
+
+# ---------------------------------------------------------------------------- training, B.1
+
+
+def train_reward(run, reward_model, pairs, pad_id, config):
+    """One pass of Adam over the comparisons (B.1), with `preference_loss`.
+
+    pairs: [(query, chosen, rejected), ...], lists of token ids. Changes reward_model in place.
+    """
+    device = reward_model.head.weight.device
+    # Adam's defaults, as the paper names none; fused: the same step, in one kernel
+    optimizer = torch.optim.Adam(trainable(reward_model), lr=config.reward_lr, fused=True)
+    per_epoch, batch_size = steps_per_epoch(len(pairs), config.reward_batch_size, "reward")
+    total = per_epoch * config.reward_epochs
+    # Shuffled by the run's seed: which pairs come together, and in which order, matters (B.1)
+    for step in run.steps("reward", total, model=reward_model, optimizer=optimizer):
+        rows = rows_of_step(step, len(pairs), batch_size, run.seed, "reward")
+        lr = config.reward_lr * cosine_schedule(step, total)  # B.1
+        hits = torch.zeros((), device=device)  # pairs that the model puts in the right order
+        # No clipping of gradients here: the loss of a pair has a slope of at most 1 in its scores
+        with one_step(optimizer, lr) as update:
+            for part in microbatches(rows, config):
+                # Both summaries of a post, one after the other: 2b rows for b pairs. In one batch,
+                # so that the post is read once for the two (N+ detail 10 puts them in one, too)
+                queries, responses = [], []
+                for row in part:
+                    query, chosen, rejected = pairs[row]
+                    queries += [query, query]
+                    responses += [chosen, rejected]
+                input_ids, attention_mask, Q = join(queries, responses, pad_id, device)
+                T = input_ids.shape[1] - Q
+                scores = final_scores(reward_model, input_ids, attention_mask, T, k=2)  # (2b,)
+                chosen, rejected = scores.view(-1, 2).unbind(1)  # (b,) each
+                hits += (chosen > rejected).sum()
+                # Only their difference counts. How sure the labeler was is not used (B.1): the
+                # paper's rows have a confidence, and its loss doesn't
+                update.add(preference_loss(chosen, rejected) * (len(part) / len(rows)))
+        accuracy = sum_over_processes(hits).item() / len(rows)
+        run.log("reward", step, loss=update.loss, accuracy=accuracy)
+
+
+def normalize(reward_model, queries, references, pad_id):
+    """Shift the scores so that the references have mean 0 (section 3.4); their spread stays."""
+    # The loss above never sees a constant, so a trained model has an arbitrary one. For PPO it
+    # matters: an EOS that comes early or late must not look good or bad for that alone.
+    scores = score_summaries(reward_model, queries, references, pad_id)
+    reward_model.reference_mean += scores.mean().to(reward_model.reference_mean)
 
 
 @torch.no_grad()
 def score_summaries(reward_model, queries, responses, pad_id, batch_size=256):
     """Scores (N,) of responses to queries (lists of token ids), in batches of similar length."""
     device = reward_model.head.weight.device
+    # Similar lengths go together, so that little is padding; the result is in the order given
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]) + len(responses[i]))
     scores = torch.zeros(len(queries))
     for start in range(0, len(order), batch_size):
@@ -122,39 +204,9 @@ def score_summaries(reward_model, queries, responses, pad_id, batch_size=256):
     return scores
 
 
-def train_reward(run, reward_model, pairs, pad_id, config):
-    """One pass of Adam over pairs = [(query, chosen, rejected), ...], lists of token ids."""
-    device = reward_model.head.weight.device
-    optimizer = torch.optim.Adam(trainable(reward_model), lr=config.reward_lr, fused=True)
-    total, rows = epoch_batches(len(pairs), config.reward_batch_size, config.reward_epochs,
-                                run.seed, "reward")
-
-    def losses(batch):
-        for part in microbatches(batch, config.micro_batch_size):
-            # the two summaries of a post share its computation (lm.pack)
-            queries = [pairs[i][0] for i in part for _ in range(2)]
-            responses = [summary for i in part for summary in pairs[i][1:]]
-            input_ids, mask, width = join(queries, responses, pad_id, device)
-            scores = reward_model.score(input_ids, mask, input_ids.shape[1] - width, k=2)
-            chosen, rejected = scores.view(-1, 2).unbind(1)
-            hits.append((chosen > rejected).sum())
-            yield preference_loss(chosen, rejected) * (len(part) / len(batch))
-
-    for step in run.steps("reward", total, model=reward_model, optimizer=optimizer):
-        batch, hits = rows(step), []
-        loss = update(optimizer, losses(batch), config.reward_lr * cosine_schedule(step, total))
-        n_hits = sum_over_processes(torch.stack(hits).sum())
-        run.log("reward", step, loss=loss, accuracy=n_hits.item() / len(batch))
-
-
-def normalize(reward_model, queries, references, pad_id):
-    """Shift the scores so that the references have mean 0 (section 3.4); their spread stays."""
-    scores = score_summaries(reward_model, queries, references, pad_id)
-    reward_model.reference_mean += scores.mean().to(reward_model.reference_mean)
-
-
 def preference_accuracy(chosen, rejected):
-    """Share of pairs with chosen > rejected, (N,) each; a tie is not a hit."""
+    """Share of pairs with chosen > rejected, (N,) each; a tie is not a hit: a model that gives all
+    summaries one score has learned nothing, and gets 0."""
     return (chosen > rejected).float().mean().item()
 
 

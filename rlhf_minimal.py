@@ -4,162 +4,161 @@
     python rlhf_minimal.py --fast_dev_run     # a few steps of every stage, seconds
     python rlhf_minimal.py --comparisons F --posts F --judge longest     # your own rows
 
-posts -> SFT -> comparisons -> reward model -> PPO -> judged win rates, in a folder under runs/.
+`run_all` is section 3.1 of the paper. Each call in it is a stage: a function further down, which
+leads on to `sft.py`, `reward.py`, `ppo.py` or `judge.py`. A run leaves a folder under runs/.
+
+What differs from the paper: one round of its loop, where OpenAI collected comparisons four times,
+each time with the newest policy among the writers.
 """
 
-import argparse
 import json
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import fmean as mean
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, logging
-from transformers.hf_argparser import HfArg
+from transformers import AutoConfig, AutoTokenizer, logging
 
-import figures
 import toy
-from judge import JudgeConfig, load_judge, quality_judge
-from lm import ModelConfig, SFTConfig, add_adapter, checkpoint_activations, decode_response
-from lm import encode_response, generator_for, load_language_model, sample_responses, train_sft
-from ppo import PPOConfig, posts_per_update, train_ppo
-from reward import RewardConfig, RewardModel, normalize, score_summaries, train_reward
-from run import Run, SettingError, agreed, available_memory, check_folder, check_memory
-from run import choose_folder, describe, from_hub, go_offline_unless_reachable, memory_plan, rank
-from run import start_processes
-from tldr import DataError, divide_by_post, encode_prompts, load_comparisons, load_posts
+from engine.adapters import add_adapter, checkpoint_activations, merge_adapter
+from engine.batches import generator_for, posts_per_update
+from engine.devices import available_memory, mixed_precision, peak_memory_bytes, pick_device
+from engine.devices import weights_dtype
+from engine.folder import Run, check_folder, choose_folder, describe
+from engine.memory import check_memory, memory_plan
+from engine.models import from_hub, go_offline_unless_reachable, load_language_model
+from engine.processes import agreed, rank, start_processes
+from engine.report import one_line, report
+from engine.settings import SettingError, parse
+from judge import JudgeConfig, agreements, best_of_n, best_of_n_kl, compare_summaries, judge_during
+from judge import judge_the_judge, judged, load_judge, mean_words, measure_reward_model
+from judge import quality_judge, reward_model_judge, wilson_interval
+from lm import decode_response, encode_response, sample_responses
+from ppo import PPOConfig, train_ppo
+from reward import RewardConfig, RewardModel, normalize, preference_accuracy, score_summaries
+from reward import train_reward
+from sft import SFTConfig, train_sft
+from tldr import DataError, encode_prompts, load_both_splits, load_comparisons, load_posts
 from tldr import without_posts_of
 
-# ---------------------------------------------------------------------------- settings
+
+def run_all(settings):
+    """The paper's loop, once around (3.1, Fig. 2). Returns what results.json holds."""
+    # Posts with human references (3.2), comparisons (3.3), the judge, and models that are given
+    begun = begin(settings)
+    if begun is None:  # a run that was finished before
+        return None
+    run, data, judge, given_sft, given_reward_model = begun
+    posts, held_out, compared, compared_held_out = data
+    with run.guarded(), mixed_precision(run.device):
+        # Where the loop starts: pi_SFT, a language model fine-tuned on the references (3.4)
+        tokenizer, sft = supervised_baseline(run, settings, posts, given_sft)
+
+        # Step 1: people compare two summaries of the same post (3.1, 3.3)
+        pairs, held_out_pairs, held_out_rows, results = collect_comparisons(
+            run, settings, compared, compared_held_out, tokenizer, sft)
+
+        # Step 2: a reward model learns to score the preferred one higher (3.4), and is tested (4.3)
+        reward_model = make_reward_model(run, settings, posts, pairs, tokenizer, sft,
+                                         given_reward_model)
+        ask = ask_judge(run, settings, judge, tokenizer, reward_model)
+        results |= evaluate_reward_model(run, settings, pairs, held_out_pairs, held_out_rows,
+                                         tokenizer, reward_model, ask)
+
+        # What pi_SFT writes, before it becomes the policy, and its best of n samples (4.1, G.3)
+        before, best = write_before(settings, held_out, tokenizer, sft, reward_model)
+
+        # Step 3: PPO makes what the reward model likes likelier (3.4)
+        policy = optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model, ask,
+                                 before)
+
+        # Who wrote the better summaries? (4.1)
+        return judge_summaries(run, settings, held_out, tokenizer, policy, reward_model, ask,
+                               before, best, results)
 
 
-@dataclass
-class RunConfig:
-    preset: str = HfArg(default="tiny", help="tiny (CPU, no download) or full (paper)")
-    seed: int = HfArg(default=0, help="of everything; paper: 3-10 seeds for the RM (B.1)")
-    output_dir: str = HfArg(default=None, help="folder of the run; fresh runs/<preset>-<n>")
-    resume: bool = HfArg(default=False, help="go on with the run that was stopped in output_dir")
-    restart: bool = HfArg(default=False, help="throw away the run that output_dir holds")
-    save_seconds: float = HfArg(default=30, help="between two checkpoints, for --resume")
-    fast_dev_run: bool = HfArg(default=False, help="a few steps of every stage")
-    summarize: str = HfArg(default=None, help="file with a post to summarize by output_dir")
-    comparisons: str = HfArg(default=None, help="hub id or .jsonl/.parquet; paper: 64,832 (3.2)")
-    posts: str = HfArg(default=None, help="hub id or .jsonl/.parquet/.csv; paper: 123,169 (3.2)")
-    sft_model: str = HfArg(default=None, help="hub id or folder, skips SFT; paper: 1.3B (3.4)")
-    reward_model: str = HfArg(default=None, help="folder of a reward_model/: skips its training")
-    query_length: int = HfArg(default=512, help="tokens of a prompt at most; paper: 512 (B.2)")
-    summary_length: int = HfArg(default=128, help="of a given summary; 2020 code: 128 for the RM")
-    tokenizer: str = HfArg(default=None, help="hub id or folder, for an sft_model without one")
-    prompt_newlines: int = HfArg(default=2, help="between its fields; paper: 2, CarperAI: 1")
+# ---------------------------------------------------------------------------- what is there already
 
 
-@dataclass
-class ToyConfig:
-    toy_posts: int = HfArg(default=12800, help="posts with references; paper: 116,722 (3.2)")
-    toy_comparisons: int = HfArg(default=24000, help="posts to compare on; paper: 64,832 (3.2)")
-    toy_held_out: int = HfArg(default=500, help="posts to judge on; paper: 6,447 (3.2)")
-    toy_width: int = HfArg(default=64, help="d_model; paper: 2048 (1.3B, Table 3)")
-    toy_layers: int = HfArg(default=2, help="paper: 24 (1.3B, Table 3)")
-    toy_heads: int = HfArg(default=4, help="paper: 16 (1.3B, Table 3)")
+def begin(settings):
+    """The run's folder, its data, and what is given, before anything is trained: they may not be
+    there, or too large for this machine. None for a run that is finished."""
+    device = start_processes(pick_device())
+    config = describe(vars(settings))
+    folder, flags = settings.output_dir, (settings.restart, settings.resume)
+    with agreed():
+        posts_per_update(settings)
+        if rank() == 0:
+            check_folder(folder, config, *flags)
+    if settings.resume and Path(folder, "results.json").exists():
+        shutil.rmtree(Path(folder, "checkpoints"), ignore_errors=True)  # a kill may have left them
+        print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
+        return None
+    with agreed():
+        judge, sft, reward_model = load_given(settings, device)
+        data = load_data(settings)
+        run = Run(folder, config, *flags, settings.save_seconds, device)
+    return run, data, judge, sft, reward_model
 
 
-PRESETS = {
-    "tiny": {},
-    "full": {  # 1.3B column of appendix B.1
-        "comparisons": "openai/summarize_from_feedback",
-        "posts": "vwxyzjn/summarize_from_feedback_tldr_3_filtered",
-        # GPT-J-6B; trained with single newlines, published without its tokenizer
-        "sft_model": "CarperAI/openai_summarize_tldr_sft", "tokenizer": "EleutherAI/gpt-j-6B",
-        "prompt_newlines": 1,
-        # for research only; under Apache-2.0: Qwen/Qwen3-4B-Instruct-2507
-        "judge": "Qwen/Qwen2.5-3B-Instruct",
-        "reward_lr": 1.5e-5, "reward_batch_size": 64, "ppo_lr": 1.5e-5, "ppo_episodes": 1_000_000,
-        "ppo_batch_size": 512, "temperature": 0.7,
-        # so that it fits on one GPU of 80 GB
-        "lora_rank": 16, "micro_batch_size": 16, "rollout_batch_size": 64,
-        "checkpoint_activations": True},
-}
-FAST = {  # --fast_dev_run: so few of everything that only the code is tested
-    "toy_posts": 64, "toy_comparisons": 200, "toy_held_out": 16, "ppo_episodes": 32,
-    "ppo_batch_size": 16, "ppo_epochs": 2, "judge_every": 1, "judge_during": 8, "judge_posts": 16,
-    "best_of_n": 4, "response_length": 16, "reward_batch_size": 8}
-ZERO_IS_FINE = ("seed", "save_seconds", "lora_rank", "micro_batch_size", "rollout_batch_size",
-                "sft_lr", "reward_lr", "ppo_lr", "kl_beta", "gamma", "lam", "missing_eos",
-                "value_weight", "judge_every")
-CONFIGS = (RunConfig, ToyConfig, ModelConfig, SFTConfig, RewardConfig, PPOConfig, JudgeConfig)
+def load_given(settings, device):
+    """The judge, (tokenizer, SFT model), and the reward model; None for what is trained here, and
+    for a judge that is this run's own reward model."""
+    name, small, judge, sft, reward_model = (settings.judge or "labeler", settings.fast_dev_run,
+                                             None, None, None)
+    sources = [settings.posts, settings.comparisons, settings.sft_model, settings.tokenizer,
+               settings.reward_model, name]
+    if any("/" in str(source) and not Path(source).exists() for source in sources):  # hub ids
+        go_offline_unless_reachable()
+    if settings.reward_model:
+        reward_model = load_reward_model(settings)
+    if settings.sft_model and not small:
+        configs = [from_hub(AutoConfig.from_pretrained, source, trust_remote_code=False)
+                   for source in (settings.sft_model, name) if "/" in source]
+        check_memory(memory_plan(settings, *configs, device=device), *available_memory(device))
+    if name == "labeler":
+        judge = quality_judge(toy.true_quality)
+    elif name != "reward_model":
+        try:
+            judge = load_judge(name, small=small)
+        except ValueError as error:
+            raise SettingError(str(error) if name in str(error) else f"--judge {name}: {error}"
+                               ) from None
+    if settings.sft_model:
+        dtype = weights_dtype(device, frozen=settings.lora_rank > 0)
+        sft = load_language_model(settings.sft_model, device, dtype, settings.tokenizer, small)
+    return judge, sft, reward_model
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """One line a setting: `--ppo_lr  paper: 1.5e-5 (1.3B), linear to 0 (B.1) (default: 0.0003)`."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=24, width=110)
-
-    def _format_action_invocation(self, action):
-        return action.option_strings[0]
-
-
-def parse_settings(arguments):
-    """Command line -> one namespace of all settings. Raises SettingError for one that is wrong."""
-    def fail(message):
-        raise SettingError(f"{message}; `python rlhf_minimal.py --help` lists the settings")
-
-    parser = HfArgumentParser(CONFIGS, formatter_class=Help, allow_abbrev=False,
-                              usage="python rlhf_minimal.py [--setting value ...]")
-    parser.error = fail
-    settings, _ = parser.parse_known_args(arguments)
-    if settings.preset not in PRESETS:
-        fail(f"--preset {settings.preset}: expected one of {', '.join(PRESETS)}")
-    preset = dict(PRESETS[settings.preset])
-    if settings.sft_model not in (None, preset.get("sft_model")):
-        for name in ("tokenizer", "prompt_newlines"):  # those of the preset's own model
-            preset.pop(name, None)
-    parser.set_defaults(**{**preset, **(FAST if settings.fast_dev_run else {})})
-    settings = parser.parse_args(arguments)
-    for name, value in vars(settings).items():
-        if type(value) in (int, float) and name not in ZERO_IS_FINE and not value > 0:
-            fail(f"--{name} {value}: expected more than 0")
-    if settings.resume and settings.restart:
-        fail("--resume and --restart: expected one of them")
-    if settings.ppo_batch_size % settings.return_sequences:
-        fail(f"--return_sequences {settings.return_sequences}: expected a divisor of "
-             f"ppo_batch_size ({settings.ppo_batch_size})")
-    if bool(settings.comparisons) != bool(settings.posts):
-        fail("--comparisons and --posts belong together: give both, or neither for the tiny world")
-    if settings.posts and settings.judge in (None, "labeler"):
-        fail("--judge: the labeler of the tiny world can't judge real text; give longest, "
-             "reward_model, or a language model (hub id or folder)")
-    return settings
-
-
-# ---------------------------------------------------------------------------- data and models
-
-
-def load_rows(load, source, seed):
-    """(train, validation); rows that name one split only are divided 90 : 10, by post."""
-    train, validation = load(source, "train"), load(source, "validation")
-    if not train or not validation:
-        train, validation = divide_by_post(train + validation, seed=seed, source=source)
-    return train, validation
+def load_reward_model(settings):
+    """The reward model of an earlier run, from a folder or the hub."""
+    if settings.reward_model.count("/") == 1 and not Path(settings.reward_model).exists():
+        settings.reward_model = from_hub(snapshot_download, settings.reward_model)
+    try:
+        return from_hub(RewardModel.from_pretrained, settings.reward_model)
+    except SettingError as error:
+        raise SettingError(f"--reward_model {error} (expected the reward_model/ folder of a run, "
+                           "or the hub id of one)") from None
 
 
 def load_data(settings):
-    """Posts with references for SFT and PPO, posts held out to judge on, and comparisons (train and
-    validation), no post on both sides. In the tiny world the comparisons are still posts here."""
+    """Posts with references to train on, and held out to judge on; comparisons to train on, and
+    held out; no post on both sides. In the tiny world the comparisons are still posts here."""
     if not settings.posts:
         n_compared = settings.toy_comparisons
         sizes = settings.toy_held_out, n_compared // 8, n_compared, settings.toy_posts
         posts = iter(toy.make_posts(sum(sizes), settings.seed))
         held_out, compared_held_out, compared, posts = (list(islice(posts, n)) for n in sizes)
         return posts, held_out, compared, compared_held_out
-    posts, held_out = load_rows(load_posts, settings.posts, settings.seed)
-    compared, compared_held_out = load_rows(load_comparisons, settings.comparisons, settings.seed)
+    posts, held_out = load_both_splits(load_posts, settings.posts, settings.seed)
+    compared, compared_held_out = load_both_splits(load_comparisons, settings.comparisons,
+                                                   settings.seed)
     seen = held_out + [row["post"] for row in compared_held_out]
     n_posts, n_compared = len(posts), len(compared)
     posts, compared = without_posts_of(posts, seen), without_posts_of(compared, seen)
@@ -174,16 +173,6 @@ def load_data(settings):
     return posts, held_out, compared, compared_held_out
 
 
-def make_tiny_model(posts, settings, device):
-    """A tokenizer trained on the posts and a tiny transformer from scratch."""
-    texts = [f"r/{p['subreddit']} {p['title']} {p['post']} {p['summary']}" for p in posts[:5000]]
-    frame = "SUBREDDIT: r/\n\nTITLE: \n\nPOST: \n\nTL;DR:"
-    tokenizer = toy.make_tokenizer([f" {text}\n{text}" for text in texts] + [frame] * 10)
-    torch.manual_seed(settings.seed)
-    return tokenizer, toy.make_model(tokenizer, settings.toy_width, settings.toy_layers,
-                                     settings.toy_heads).to(device)
-
-
 # ---------------------------------------------------------------------------- text <-> token ids
 
 
@@ -196,10 +185,9 @@ def encode(posts, summaries, tokenizer, settings):
 def encode_pairs(comparisons, tokenizer, settings):
     """Comparisons -> [(query, chosen, rejected)] as token ids; pairs that are equal once cut to
     summary_length are left out and counted. Returns the rows that were kept, too."""
-    posts, better, worse = ([row[key] for row in comparisons]
-                            for key in ("post", "chosen", "rejected"))
-    queries, chosen = encode(posts, better, tokenizer, settings)
-    _, rejected = encode([], worse, tokenizer, settings)
+    queries, chosen = encode([row["post"] for row in comparisons],
+                             [row["chosen"] for row in comparisons], tokenizer, settings)
+    _, rejected = encode([], [row["rejected"] for row in comparisons], tokenizer, settings)
     kept = [i for i in range(len(comparisons)) if chosen[i] != rejected[i]]
     if len(kept) < len(comparisons):
         print(f"comparisons: left out {len(comparisons) - len(kept)} of {len(comparisons)}, whose "
@@ -210,30 +198,31 @@ def encode_pairs(comparisons, tokenizer, settings):
     return [(queries[i], chosen[i], rejected[i]) for i in kept], [comparisons[i] for i in kept]
 
 
-def score(reward_model, posts, summaries, tokenizer, settings):
+def score(tokenizer, settings, reward_model, posts, summaries):
     """Texts -> a list of rewards."""
     return score_summaries(reward_model, *encode(posts, summaries, tokenizer, settings),
                            tokenizer.pad_token_id).tolist()
 
 
-def write(model, posts, tokenizer, settings, temperature=0.0, *stream):
+def write(tokenizer, settings, model, posts, temperature=0.0, *stream):
     """A summary of each post, as text; at temperature 0, as the paper evaluates (Fig. 8), or drawn
     from the random stream of that name."""
+    queries, _ = encode(posts, [], tokenizer, settings)
     generator = generator_for(settings.seed, *stream, device=model.device)
-    return [decode_response(ids, tokenizer) for ids in sample_responses(
-        model, tokenizer, encode(posts, [], tokenizer, settings)[0], settings.response_length,
-        temperature, generator, settings.rollout_batch_size or 256)]
+    responses = sample_responses(model, tokenizer, queries, settings.response_length, temperature,
+                                 generator, settings.rollout_batch_size or 256)
+    return [decode_response(ids, tokenizer) for ids in responses]
 
 
 # ---------------------------------------------------------------------------- the stages
 
 
-def supervise(run, settings, posts, device, given):
-    """Step 1: tokenizer and SFT model, given or trained on (post, reference) pairs."""
+def supervised_baseline(run, settings, posts, given):
+    """Tokenizer and pi_SFT, given or trained on (post, reference) pairs (3.4, sft.py)."""
     if given:
         tokenizer, model = given
     else:
-        tokenizer, model = make_tiny_model(posts, settings, device)
+        tokenizer, model = make_tiny_model(posts, settings, run.device)
         references = [post["summary"] for post in posts]
         train_sft(run, model, *encode(posts, references, tokenizer, settings),
                   tokenizer.pad_token_id, settings)
@@ -246,10 +235,34 @@ def supervise(run, settings, posts, device, given):
     return tokenizer, model
 
 
+def make_tiny_model(posts, settings, device):
+    """A tokenizer trained on the posts and a tiny transformer from scratch."""
+    texts = [f"r/{p['subreddit']} {p['title']} {p['post']} {p['summary']}" for p in posts[:5000]]
+    frame = "SUBREDDIT: r/\n\nTITLE: \n\nPOST: \n\nTL;DR:"
+    tokenizer = toy.make_tokenizer([f" {text}\n{text}" for text in texts] + [frame] * 10)
+    torch.manual_seed(settings.seed)
+    return tokenizer, toy.make_model(tokenizer, settings.toy_width, settings.toy_layers,
+                                     settings.toy_heads).to(device)
+
+
+def collect_comparisons(run, settings, compared, held_out, tokenizer, sft):
+    """Step 1. OpenAI's labelers, or the people of your file, have made them before; in the tiny
+    world the SFT model writes now and the labeler chooses. Returns pairs of token ids to train on
+    and held out, the held-out rows as text, and the first results."""
+    results = {"preset": settings.preset, "seed": settings.seed}
+    if not settings.posts:
+        compared, results["fact_accuracy"] = compare_in_tiny_world(
+            run, settings, compared, "train", tokenizer, sft)
+        held_out, _ = compare_in_tiny_world(run, settings, held_out, "held out", tokenizer, sft)
+    pairs, _ = encode_pairs(compared, tokenizer, settings)
+    return pairs, *encode_pairs(held_out, tokenizer, settings), results
+
+
 def compare_in_tiny_world(run, settings, posts, name, tokenizer, model):
     """Sample summaries from the SFT model and let the labeler choose (toy.make_comparisons)."""
     with run.timed(f"comparisons, {name}"):
-        samples = [write(model, posts[:count], tokenizer, settings, settings.temperature, name, i)
+        # two samples of a quarter of the posts, one of another quarter; the rest needs none
+        samples = [write(tokenizer, settings, model, posts[:count], settings.temperature, name, i)
                    for i, count in enumerate((len(posts) // 2, len(posts) // 4))]
         comparisons = toy.make_comparisons(posts, *samples, f"{name} {run.seed}")
     print(f"comparisons, {name}: {len(comparisons)} labelled, {len(posts) - len(comparisons)} left "
@@ -258,7 +271,7 @@ def compare_in_tiny_world(run, settings, posts, name, tokenizer, model):
 
 
 def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
-    """Step 2: the reward model, given or trained; references score 0 on average."""
+    """Step 2: the reward model, given or trained; references score 0 on average (reward.py)."""
     if given:
         own = from_hub(AutoTokenizer.from_pretrained, settings.reward_model,
                        trust_remote_code=False)
@@ -275,8 +288,7 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
         if settings.checkpoint_activations:
             checkpoint_activations(reward_model.trunk)
         train_reward(run, reward_model, pairs, tokenizer.pad_token_id, settings)
-        if settings.lora_rank:
-            reward_model.trunk = reward_model.trunk.merge_and_unload()
+        reward_model.trunk = merge_adapter(reward_model.trunk)
         posts = posts[:1000]  # the mean is sharp enough by then
         references = [post["summary"] for post in posts]
         normalize(reward_model, *encode(posts, references, tokenizer, settings),
@@ -285,105 +297,100 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
     return reward_model
 
 
-def load_given(settings, device, score):
-    """The judge, and tokenizer and SFT model, and the reward model (None: to be trained), before
-    any training: they may not be there, or too large for this machine."""
-    small, judge, reward_model = settings.fast_dev_run, settings.judge or "labeler", None
-    dtype = torch.bfloat16 if settings.lora_rank and device != "cpu" else torch.float32
-    hub_ids = [name for name in (settings.posts, settings.comparisons, settings.sft_model,
-                                   settings.tokenizer, settings.reward_model, judge)
-               if "/" in str(name) and not Path(name).exists()]
-    if hub_ids:
-        go_offline_unless_reachable()
-    if settings.reward_model:
-        if settings.reward_model.count("/") == 1 and not Path(settings.reward_model).exists():
-            settings.reward_model = from_hub(snapshot_download, settings.reward_model)
-        try:
-            reward_model = from_hub(RewardModel.from_pretrained, settings.reward_model)
-        except SettingError as error:
-            raise SettingError(f"--reward_model {error} (expected the reward_model/ folder of a "
-                               "run, or the hub id of one)") from None
-    if settings.sft_model and not small:
-        configs = [from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
-                   for name in (settings.sft_model, judge) if "/" in name]
-        check_memory(memory_plan(settings, *configs, device=device), *available_memory(device))
-    try:
-        judge = (quality_judge(toy.true_quality) if judge == "labeler"
-                 else load_judge(judge, score, small))
-    except ValueError as error:
-        named = judge in str(error)
-        raise SettingError(str(error) if named else f"--judge {judge}: {error}") from None
-    if not settings.sft_model:
-        return judge, None, reward_model
-    return judge, load_language_model(settings.sft_model, device, dtype, settings.tokenizer,
-                                      small), reward_model
+def ask_judge(run, settings, judge, tokenizer, reward_model):
+    """ask(posts, ours, theirs): the judge's win rate of ours, and the outcomes (judge.judged)."""
+    if settings.judge == "reward_model":
+        judge = reward_model_judge(partial(score, tokenizer, settings, reward_model))
+    return partial(judged, run, judge, settings.judge or "labeler")
 
 
-def run_all(settings):
-    """Every stage in the paper's order; returns what results.json holds."""
-    device = start_processes()
-    config = describe(vars(settings))
-    folder, flags = settings.output_dir, (settings.restart, settings.resume)
-    with agreed():  # before hours of work, and before anything large is loaded
-        posts_per_update(settings)
-        if rank() == 0:
-            check_folder(folder, config, *flags)
-    if settings.resume and Path(folder, "results.json").exists():
-        shutil.rmtree(Path(folder, "checkpoints"), ignore_errors=True)  # a kill may have left them
-        return print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
-
-    def reward_of(some_posts, summaries):
-        return score(reward_model, some_posts, summaries, tokenizer, settings)
-
-    def written(model, some_posts, *temperature_and_stream):
-        return write(model, some_posts, tokenizer, settings, *temperature_and_stream)
-
-    def evaluate(update):
-        """The notebook's periodic win rate: every judge_every updates, on a few held-out posts."""
-        if settings.judge_every and update % settings.judge_every == 0:
-            figures.judge_during(run, update, ask, few, written(policy, few), sft_texts)
-
-    with agreed():
-        judge, given, reward_model = load_given(settings, device, reward_of)
-        posts, held_out, compared, compared_held_out = load_data(settings)
-        run = Run(folder, config, *flags, settings.save_seconds)
-    ask = partial(figures.judged, run, judge, settings.judge or "labeler")
-    results = {"preset": settings.preset, "seed": settings.seed}
-    # With all weights trained in float32, a GPU still multiplies matrices in bfloat16. No cache of
-    # weights in bfloat16: it would outlive the step that changes them.
-    with run.guarded(), torch.autocast("cuda", torch.bfloat16, enabled=device != "cpu",
-                                       cache_enabled=False):
-        tokenizer, sft = supervise(run, settings, posts, device, given)
-        if not settings.posts:
-            compared, results["fact_accuracy"] = compare_in_tiny_world(
-                run, settings, compared, "train", tokenizer, sft)
-            compared_held_out, _ = compare_in_tiny_world(
-                run, settings, compared_held_out, "held out", tokenizer, sft)
-        pairs, _ = encode_pairs(compared, tokenizer, settings)
-        pairs_held_out, rows = encode_pairs(compared_held_out, tokenizer, settings)
-        reward_model = make_reward_model(run, settings, posts, pairs, tokenizer, sft, reward_model)
-        results |= figures.measure_reward_model(run, reward_model, pairs, pairs_held_out, rows,
-                                                tokenizer)
-        some = rows[:: max(1, len(rows) // settings.judge_posts)]
-        results |= figures.judge_the_judge(run, ask, some)
-        held_out = held_out[: settings.judge_posts]
-        few = held_out[: settings.judge_during]
-        # all that the SFT model has to write, before it becomes the policy
-        sft_texts = written(sft, held_out)
-        best = figures.best_of_n(written, reward_of, sft, few, settings.best_of_n)
-        policy = sft
-        critic = train_ppo(run, policy, reward_model, encode(posts, [], tokenizer, settings)[0],
-                           tokenizer, settings, evaluate)
-        run.save_model("policy", policy, tokenizer)
-        run.save_model("critic", critic, tokenizer)
-        last = run.history("ppo")[-1]
-        print(f"ppo: {last['step'] + 1} updates, reward {last['reward']:.2f}, "
-              f"KL {last['kl_per_summary']:.2f} nats per summary")
-        return figures.finish(run, settings, results, ask, reward_of, held_out, sft_texts,
-                              written(policy, held_out), best)
+def evaluate_reward_model(run, settings, pairs, held_out, rows, tokenizer, reward_model, ask):
+    """How often the reward model, and the judge, agree with held-out labels (4.3, judge.py)."""
+    results = measure_reward_model(reward_model, pairs, held_out, rows, tokenizer)
+    accuracy = results["reward_accuracy"]
+    print(f"reward model: accuracy {accuracy:.3f} on {len(rows)} held-out comparisons, "
+          f"pick-the-longer {results['reward_accuracy_longest_wins']:.3f}")
+    if wilson_interval(accuracy, len(rows))[0] <= 0.5:
+        run.warn("reward", f"the reward model is no better than chance, {accuracy:.3f} on "
+                 f"{len(rows)} held-out comparisons (the 95 % interval reaches 0.5): what PPO "
+                 "makes of it means nothing; train it on more or cleaner comparisons")
+    some = rows[:: max(1, len(rows) // settings.judge_posts)]
+    return results | judge_the_judge(ask, some)
 
 
-# ---------------------------------------------------------------------------- trying it out
+def write_before(settings, held_out, tokenizer, sft, reward_model):
+    """Greedy summaries of the held-out posts, and best-of-n as a policy of its own (G.3)."""
+    posts = held_out[: settings.judge_posts]
+    writes = partial(write, tokenizer, settings)
+    best = best_of_n(writes, partial(score, tokenizer, settings, reward_model), sft,
+                     posts[: settings.judge_during], settings.best_of_n)
+    return writes(sft, posts), best
+
+
+def optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model, ask, before):
+    """Step 3: PPO turns the SFT model into the policy (3.4, ppo.py)."""
+    few = held_out[: min(settings.judge_during, settings.judge_posts)]
+    evaluate = partial(judge_policy, run, settings, ask, few, tokenizer, sft, before)
+    queries, _ = encode(posts, [], tokenizer, settings)
+    critic = train_ppo(run, sft, reward_model, queries, tokenizer, settings, evaluate)
+    run.save_model("policy", sft, tokenizer)
+    run.save_model("critic", critic, tokenizer)
+    last = run.history("ppo")[-1]
+    print(f"ppo: {last['step'] + 1} updates, reward {last['reward']:.2f}, "
+          f"KL {last['kl_per_summary']:.2f} nats per summary")
+    return sft  # the same object, trained
+
+
+def judge_policy(run, settings, ask, posts, tokenizer, policy, sft_texts, update):
+    """The periodic win rate: every judge_every updates, on a few held-out posts."""
+    if settings.judge_every and update % settings.judge_every == 0:
+        texts = write(tokenizer, settings, policy, posts)
+        judge_during(run, update, ask, posts, texts, sft_texts)
+
+
+def judge_summaries(run, settings, held_out, tokenizer, policy, reward_model, ask, before, best,
+                    results):
+    """Judge the summaries of held-out posts (4.1, judge.py); save, report, return the results."""
+    posts = held_out[: settings.judge_posts]
+    texts = write(tokenizer, settings, policy, posts)
+    rewards_of = partial(score, tokenizer, settings, reward_model)
+    with run.timed("judge"):
+        rates, outcomes = compare_summaries(ask, posts, before, texts, best)
+        results |= rates | {"best_of_n_kl": best_of_n_kl(settings.best_of_n)}
+        if "facts" in posts[0]:  # the tiny world
+            ideal, swapped = (torch.tensor(rewards_of(posts, side))
+                              for side in toy.swapped_fact_pairs(posts, run.seed))
+            results["reward_accuracy_swapped_fact"] = preference_accuracy(ideal, swapped)
+        rewards_sft, rewards_ppo = rewards_of(posts, before), rewards_of(posts, texts)
+    references = [post["summary"] for post in posts]
+    results |= {"kl_per_summary": run.history("ppo")[-1]["kl_per_summary"],
+                "reward_sft": mean(rewards_sft), "reward_ppo": mean(rewards_ppo),
+                "mean_length_sft": mean_words(before), "mean_length_ppo": mean_words(texts),
+                "mean_length_reference": mean_words(references),
+                "warnings": list(run.warnings.values()), "seconds": run.total_seconds(),
+                "peak_memory_bytes": peak_memory_bytes()}
+    samples = []
+    for i, post in enumerate(posts):
+        samples.append({"post": {key: post[key] for key in ("subreddit", "title", "post")},
+                        "reference": references[i], "sft": before[i], "ppo": texts[i],
+                        "reward_sft": rewards_sft[i], "reward_ppo": rewards_ppo[i],
+                        "ppo_vs_reference": outcomes["ppo_vs_reference"][i],
+                        "ppo_vs_sft": outcomes["ppo_vs_sft"][i],
+                        "judge": rates["ppo_vs_sft"]["judge"]})
+    run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
+    if rank() == 0:
+        report(run, results, samples, agreements(results))
+        run.write("results.json", results)  # last: it marks the run as finished
+        run.remove("checkpoints")
+    return results
+
+
+# ---------------------------------------------------------------------------- the command line
+
+
+def parse_settings(arguments):
+    """Command line -> one namespace of all settings (engine/settings.py)."""
+    return parse(arguments, (SFTConfig, RewardConfig, PPOConfig, JudgeConfig))
 
 
 def summarize(settings):
@@ -398,12 +405,13 @@ def summarize(settings):
         raise SettingError(f"--summarize {settings.summarize}: expected a UTF-8 text file "
                            f"({error})") from None
     vars(settings).update(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    reward_model = RewardModel.from_pretrained(folder / "reward_model")
+    reward_model, posts = RewardModel.from_pretrained(folder / "reward_model"), [
+        {"post": text.strip()}]
     for name in ("sft", "policy"):
         tokenizer, model = load_language_model(folder / name)
-        texts = write(model, [{"post": text.strip()}], tokenizer, settings)
-        (reward,) = score(reward_model, [{"post": text.strip()}], texts, tokenizer, settings)
-        print(f"{name:>6} (reward {reward:+.2f}): {figures.one_line(texts[0])}")
+        texts = write(tokenizer, settings, model, posts)
+        (reward,) = score(tokenizer, settings, reward_model, posts, texts)
+        print(f"{name:>6} (reward {reward:+.2f}): {one_line(texts[0])}")
 
 
 def main(arguments=None):

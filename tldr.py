@@ -1,56 +1,92 @@
 """The task of Stiennon et al. 2020: Reddit posts with their TL;DR, and comparisons of summaries.
 
-The prompt (App. B.2), the posts (section 3.2) and the human comparisons (section 3.3), from the
-Hugging Face hub or a local file. Every row is checked: a wrong label or a missing text is an error
-of one line, where a JSON reader alone lets it through and the model trains on it in silence.
+Read beside it: section 3.2 (the posts), 3.3 (the human comparisons), appendix B.2 (the prompt).
+
+    3.2  load_posts        123,169 posts, each with the TL;DR of its author: the reference
+    3.3  load_comparisons  64,832 pairs of summaries of one post, and which one a labeler chose
+    B.2  encode_prompt     the post as the model reads it, at most 512 tokens
+
+About 5 % of the posts are held out. The paper does not print how many: the counts of its Table 2
+add up to 116,722 posts to train on, which leaves 6,447.
+
+What is done differently, and why:
+- The filters of 3.2 (subreddits, topics, references of 24 to 48 tokens) are not repeated here. The
+  rows on the hub are filtered already, and rows of your own are yours to choose.
+- The paper draws PPO's prompts from 287,790 posts, whether they have a good reference or not. Here
+  they are the posts of the SFT data, as in N+ (Huang et al. 2024, arXiv 2403.17031).
+- The paper's labelers say on nine points how sure they are. Only the choice is used, as in its
+  loss.
+- A short prompt is padded on the left with a pad token that is masked (lm.py). The paper pads too;
+  the 2020 code (openai/summarize-from-feedback) pads with spaces and lets the model read them.
+- Many comparisons share one post, so rows are divided by post wherever this file divides them.
+
+Every row is checked. A wrong label or a missing text is an error of one line (engine/rows.py reads
+the files), where a JSON reader alone lets it through and the model trains on it in silence.
 """
 
 import bisect
-import csv
-import json
 import random
-import re
-from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
 
-from run import SettingError, from_hub
-
-
-class DataError(ValueError):
-    """One line: the file, the row, the field, what was expected, what to do."""
-
+from engine.rows import DataError, checked_rows, expect, get_text
 
 # ---------------------------------------------------------------------------- the prompt, App. B.2
 
 
 def build_prompt(post, gap="\n\n"):
     """{"subreddit", "title", "post"} -> the paper's format; a missing subreddit or title is "".
-    Some models were trained with another gap between the fields: CarperAI's with "\\n"."""
-    # Filled in one pass, so braces in a post stay text. The summary follows as " " + summary.
+
+    Table 4 shows the fields; the line ends between them are those of the 2020 code. Some models
+    were trained with another gap: CarperAI's with one "\\n".
+    """
+    # Filled in one pass, so braces in a post stay text. No space follows the cue: the summary does
+    # as " " + summary, because in GPT-2's vocabulary a word and the space before it are one token.
     subreddit, title = post.get("subreddit") or "", post.get("title") or ""
     return gap.join([f"SUBREDDIT: r/{subreddit}", f"TITLE: {title}", f"POST: {post['post']}",
                      "TL;DR:"])
 
 
+# A longer text can have fewer tokens: "appl" may be two and "apple" one. So cuts this many
+# characters beyond the first text that is too long are tried as well: few tokens are longer, and
+# those few are runs of spaces or dashes.
+BEYOND = 64
+
+
 def truncate_post(text, fits):
     """Cut text back at its last newline until fits(text); when no newline is left, cut characters.
 
-    None when not even the empty text fits. The result is that of cutting step by step, but
-    bisection finds the neighbourhood first: a post of 10,000 words takes milliseconds.
+    That is App. B.2 step by step, but only where it matters, near the end of what fits. fits is
+    never asked about many more than twice as many characters as fit, so a post of megabytes costs
+    no more than another one. Returns None when not even the empty text fits.
     """
-    if fits(text):
+    if not fits(""):
+        return None
+    # Twice as many characters each time, until there are too many or all of them, ...
+    size = 1
+    while size < len(text) and fits(text[:size]):
+        size *= 2
+    # ... then bisection: the smallest number of characters that is too many.
+    too_many = bisect.bisect_left(range(min(size, len(text))), True, lo=size // 2,
+                                  key=lambda length: not fits(text[:length]))
+    kept = text[: too_many + BEYOND + 1]
+    if kept == text and fits(text):
         return text
-    # Where a cut may end, short to long: each character of the first line, then each newline.
-    ends = [*range(len(text.split("\n")[0])), *(m.start() for m in re.finditer("\n", text))]
-    start = bisect.bisect_left(ends, True, key=lambda end: not fits(text[:end]))
-    # A longer text can have fewer tokens ("appl" 2, "apple" 1): look a little beyond as well.
-    cuts = (text[:end] for end in reversed(ends[: start + 32]))
-    return next(filter(fits, cuts), None)
+    # The paper's steps. First cut, then ask: the end of kept, unless it is that of the whole text,
+    # is no place where the paper would cut.
+    while kept:
+        kept = kept[: kept.rindex("\n")] if "\n" in kept else kept[:-1]
+        if fits(kept):
+            break
+    return kept
 
 
 def encode_prompt(post, tokenizer, query_length, gap="\n\n"):
-    """Token ids of the prompt, at most query_length: only the post is cut, never title or cue."""
+    """Token ids of the prompt, at most query_length: only the post is cut, never title or cue.
+
+    Not padded: padding on the left up to the width of a batch is lm.py's. Raises DataError if the
+    prompt is too long without any post.
+    """
 
     def encode(text):
         # split_special_tokens: a typed "<|endoftext|>" is text, not the token that ends a summary.
@@ -69,29 +105,18 @@ def encode_prompt(post, tokenizer, query_length, gap="\n\n"):
 def encode_prompts(posts, tokenizer, query_length, newlines=2):
     """encode_prompt for many posts: all at once, which is faster, then those that must be cut."""
     gap = "\n" * newlines
-    rows = tokenizer([build_prompt(post, gap) for post in posts], add_special_tokens=False,
-                     split_special_tokens=True, verbose=False)["input_ids"] if posts else []
-    return [ids if len(ids) <= query_length else encode_prompt(post, tokenizer, query_length, gap)
+    # A token of English has about four characters. A post far longer than query_length tokens is
+    # not read to its end here only to be cut: encode_prompt looks at no more of it than it needs.
+    most = 32 * query_length
+    rows = tokenizer([build_prompt({**post, "post": post["post"][:most]}, gap) for post in posts],
+                     add_special_tokens=False, split_special_tokens=True,
+                     verbose=False)["input_ids"] if posts else []
+    return [ids if len(post["post"]) <= most and len(ids) <= query_length
+            else encode_prompt(post, tokenizer, query_length, gap)
             for post, ids in zip(posts, rows)]
 
 
-# ---------------------------------------------------------------------------- checking one row
-
-
-def expect(condition, field, expected, value):
-    """Raise DataError(reason, what was there) unless condition; load_rows adds file and row."""
-    if not condition:
-        # repr keeps whatever a row holds on one line; None stands for null and for missing.
-        raise DataError(f"{field}: expected {expected}", repr(value)[:40])
-
-
-def get_text(row, field, inside="", optional=False):
-    """row[field] without outer white space; null or missing is "" where optional."""
-    value = "" if optional and row.get(field) is None else row.get(field)
-    # Half of a surrogate pair (JSON "\ud83d") is no character: tokenizers stop at it.
-    expect(isinstance(value, str) and not re.search("[\ud800-\udfff]", value),
-           inside + field, "text", value)
-    return value.strip()
+# ---------------------------------------------------------------------------- one row
 
 
 def get_post(row, inside=""):
@@ -100,7 +125,10 @@ def get_post(row, inside=""):
 
 
 def check_reference(row):
-    """A row of posts -> what load_posts returns, or a str: why it is left out."""
+    """A row of posts -> what load_posts returns, or a str: why it is left out.
+
+    Raises DataError (engine/rows.py adds the row's number) for a field that is not as expected.
+    """
     post = {**get_post(row), "summary": get_text(row, "summary")}
     if not post["post"]:
         return "empty post text"
@@ -108,7 +136,11 @@ def check_reference(row):
 
 
 def check_comparison(row):
-    """A row of comparisons -> what load_comparisons returns, or a str: why it is left out."""
+    """A row of comparisons -> what load_comparisons returns, or a str: why it is left out.
+
+    The schema: info {post, title, subreddit}, two summaries {text, policy}, choice 0 or 1 (the
+    index of the better one), split. Raises DataError as check_reference does.
+    """
     info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
     expect(isinstance(info, dict), "info", "an object with post, title and subreddit", info)
     if isinstance(summaries, dict):  # columns {"text": [a, b], ...}, as `datasets` 3 returns them
@@ -122,15 +154,17 @@ def check_comparison(row):
         policies.append(get_text(summary, "policy", inside + ".", optional=True))
     # In Python True is 1, and -1 is an index: both would pass for a label.
     expect(type(choice) is int and choice in (0, 1), "choice", "0 or 1", choice)
-    # The validation rows also hold news, an article and no post: the paper's section 4.2.
-    # Their batches are batch0_cnndm, cnndm0 and cnndm2.
+    # The validation rows also hold news, an article and no post: section 4.2, where the models
+    # are tried on CNN/DM. Their batches are batch0_cnndm, cnndm0 and cnndm2.
     if "cnndm" in str(row.get("batch")) or info.get("post") is None and info.get("article"):
         return "CNN/DM articles"
     post = get_post(info, "info.")
     if not post["post"]:
         return "empty post text"
-    if texts[0] == texts[1]:  # no preference to learn
+    # No preference to learn: the loss of such a pair is log 2, whatever the reward model says.
+    if texts[0] == texts[1]:
         return "identical summaries"
+    # Not used: the labeler's confidence ("extra"). The paper's loss has none either (section 3.4).
     return {"post": post, "chosen": texts[choice], "rejected": texts[1 - choice],
             "policies": [policies[choice], policies[1 - choice]]}
 
@@ -138,125 +172,26 @@ def check_comparison(row):
 # ---------------------------------------------------------------------------- reading a source
 
 
-def parse_line(text):
-    """The JSON value in a line of a file."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError("whole row: expected JSON", f"{text[:40]!r} ({str(error).split(':')[0]})")
-
-
-def read_json(text):
-    """[(number, row)]: one JSON array, by position, or JSON lines, by line and still as text."""
-    if text.lstrip().startswith("["):
-        return list(enumerate(json.loads(text), 1))
-    # Not splitlines(): a JSON string may hold U+2028, which splitlines() takes for a line end.
-    return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def read_csv(file):
-    """[(line, row)], every cell a str: pandas would turn "NA" into nothing and "007" into 7."""
-    reader = csv.reader(file, strict=True)
-    header = next(reader, [])
-    # A row with more cells than the header gets a field None. Blank lines give no cells.
-    return [(reader.line_num - "".join(cells).count("\n"), dict(zip_longest(header, cells)))
-            for cells in reader if cells]
-
-
-def read_datasets(source, path, **form):
-    """Yield (place, split, row) of a dataset on the hub, or of local parquet files."""
-    import datasets  # here, because importing it takes a second
-
-    try:
-        parts = from_hub(datasets.load_dataset, source, path, **form)
-    except SettingError as error:
-        raise DataError(str(error)) from None
-    for split, rows in parts.items():
-        for number, row in enumerate(rows, 1):
-            yield f"{split} row {number}" if len(parts) > 1 else f"row {number}", split, row
-
-
-# On its main branch is a loading script, which `datasets` 4 refuses; the same rows are here.
-HUB_FORMS = {"openai/summarize_from_feedback":
-             {"data_dir": "comparisons", "revision": "refs/convert/parquet"}}
-
-
-def read_rows(source):
-    """(place, split, row) of every row: hub id, local file, or local folder of parquet files."""
-    path, kind = Path(source), Path(source).suffix.lower()
-    if path.is_dir() or kind == ".parquet":
-        form = {"data_dir" if path.is_dir() else "data_files": str(path)}
-        return read_datasets(source, "parquet", **form)
-    if kind in (".jsonl", ".json", ".csv"):
-        try:
-            with path.open(encoding="utf-8-sig", newline="") as file:  # with or without a BOM
-                rows = read_csv(file) if kind == ".csv" else read_json(file.read())
-        except (OSError, ValueError, RecursionError, csv.Error) as error:
-            raise DataError(f"{source}: expected UTF-8 {kind}: {error}; check the file") from None
-        return ((f"row {number}", "train", row) for number, row in rows)
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise DataError(f"{source}: expected a hub id (owner/name) or a .jsonl, .json, .parquet or "
-                        ".csv file; check the path, or convert the file")
-    return read_datasets(source, str(source), **HUB_FORMS.get(str(source), {}))
-
-
-def load_rows(source, split, limit, check):
-    """The checked rows of one split; prints how many are used and why the others are not."""
-    if split not in ("train", "validation", "all") or limit is not None and limit < 1:
-        raise ValueError(f"split {split!r} is not train, validation or all, or limit {limit!r} < 1")
-    used, labels, left_out, wrong, total = [], set(), Counter(), [], 0
-    for total, (place, row_split, row) in enumerate(read_rows(source), 1):
-        try:
-            # A line is parsed here, and not while reading: an error in it can name its row.
-            row = parse_line(row) if isinstance(row, str) else row
-            expect(isinstance(row, dict) and None not in row, "whole row", "a value per field", row)
-            # Before split and limit: a file is right or wrong, not right for one stage only.
-            result = check(row)
-            row_split = get_text(row, "split", optional=True) or row_split
-            # OpenAI chose models on valid1 and reports valid2. Any other name is in "all" only.
-            row_split = "validation" if row_split in ("valid", "valid1", "valid2") else row_split
-            if isinstance(result, str):
-                left_out[result] += 1
-            elif split not in ("all", row_split):
-                left_out["in another split"] += 1
-            else:
-                used.append(result)
-                labels.add(str(row.get("choice")))
-        except DataError as error:
-            wrong.append((place, *error.args))
-    if wrong:
-        first = "; ".join(f"{place}, {reason}, got {got}" for place, reason, got in wrong[:3])
-        counts = "; ".join(f"{n} x {reason}" for reason, n in Counter(w[1] for w in wrong).items())
-        raise DataError(f"{source}: {first} (of {total} rows {counts}); correct or delete them")
-    left_out["beyond the limit"] = len(used) - len(used[:limit])
-    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
-    summary = f"{len(used[:limit])} of {total} rows used" + (reasons and f"; left out: {reasons}")
-    if not used and not left_out["in another split"]:
-        raise DataError(f"{source}: expected at least one usable row, got {summary}; add rows")
-    print(f"{source}: {summary}")
-    # Both orders should occur, or a reward model could be right without reading a word.
-    if len(used) > 1 and labels in ({"0"}, {"1"}):
-        print(f"{source}: warning: every choice is {labels.pop()}: position alone explains them")
-    return used[:limit]
-
-
 def load_posts(source, split="train", limit=None):
     """Section 3.2: a list of {"subreddit", "title", "post", "summary"}, the author's own TL;DR.
 
-    split is "train", "validation" or "all"; a row that names no split is a "train" row. The list
-    is empty when all usable rows are in another split.
+    source is a hub id, a .jsonl, .json, .csv or .parquet file, or a folder of parquet files. split
+    is "train", "validation" or "all", or a tuple of these for a list of each; a row that names no
+    split is a "train" row. The list is empty when all usable rows are in another split. Prints how
+    many rows are used; raises DataError, in one line, if any row is wrong or none is usable.
     """
-    return load_rows(source, split, limit, check_reference)
+    return checked_rows(source, split, limit, check_reference)
 
 
 def load_comparisons(source, split="train", limit=None):
     """Section 3.3: a list of {"post", "chosen", "rejected", "policies"}, the chosen policy first.
 
-    The schema is that of openai/summarize_from_feedback; split as in load_posts.
+    The schema is that of openai/summarize_from_feedback; source and split as in load_posts.
     """
+    # A cell of a table holds one text, and a row of comparisons has objects in it.
     if Path(source).suffix.lower() == ".csv":
         raise DataError(f"{source}: .csv cannot hold comparisons (nested); use .jsonl or .parquet")
-    return load_rows(source, split, limit, check_comparison)
+    return checked_rows(source, split, limit, check_comparison)
 
 
 # ---------------------------------------------------------------------------- train and validation
@@ -268,7 +203,11 @@ def post_text(row):
 
 
 def divide_by_post(rows, validation_share=0.1, seed=0, source="rows"):
-    """(train, validation) with no post in both, or accuracy would be measured on known posts."""
+    """(train, validation) with no post in both, or accuracy would be measured on known posts.
+
+    The paper holds out about 5 % of 123,169 posts (3.2). Here it is a tenth, as of a file of a few
+    hundred rows a twentieth would be too few to measure anything on.
+    """
     posts = sorted({post_text(row) for row in rows})  # sorted: a set has another order every run
     if len(posts) < 2:
         raise DataError(f"{source}: expected 2 or more different posts, got {len(posts)}: add some")
@@ -278,6 +217,17 @@ def divide_by_post(rows, validation_share=0.1, seed=0, source="rows"):
     held_out = set(random.Random(seed).sample(posts, count))
     return ([row for row in rows if post_text(row) not in held_out],
             [row for row in rows if post_text(row) in held_out])
+
+
+def load_both_splits(load, source, seed):
+    """(train, validation) of load_posts or load_comparisons, from one reading of the source.
+
+    Rows that name one split only are divided 90 : 10, by post.
+    """
+    train, validation = load(source, ("train", "validation"))
+    if not train or not validation:
+        train, validation = divide_by_post(train + validation, seed=seed, source=source)
+    return train, validation
 
 
 def without_posts_of(rows, others):

@@ -1,9 +1,20 @@
 """The tiny world: posts, imperfect human references, and a labeler whose taste is known.
 
+Read beside it: section 3.1 (summaries of several policies, compared in pairs), 3.3 (the labelers
+and how often they agree), appendix C (what the labelers are told).
+
 It stands for r/relationships and r/legaladvice, the people who wrote the TL;DRs there, and the
 labelers of the paper. A post tells five key facts (who did what to which thing, how the poster
 feels, what they ask) among asides. The labeler wants a short summary that has all five facts and
 invents none. Training never sees that taste (`true_quality`), only noisy choices made from it.
+
+What is done differently from the paper, and why:
+- The labelers are a formula that slips at random, so that the whole loop runs in a minute, and so
+  that the truth is known: whether the reward model or the policy improves is measured, not judged.
+- Half of the comparisons are pairs that differ in facts alone (`confused_pair`). The paper needs
+  none: its reward model starts from a language model that can read.
+- The model is a Llama of 144,000 weights, from scratch, where the paper has GPT-3. There is
+  no pretraining, which is why its attention gets a start (`make_model`).
 
 What it can show: the whole loop, that the reward model is a proxy, what the KL penalty is for.
 What it can't: anything about language. Sentences have one form each, every fact is one word of
@@ -19,24 +30,37 @@ from tokenizers import Regex, Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from run import SettingError
+from engine.settings import SettingError
 
+# Five values for each fact, so that a guess is right once in five times. One word each, so that
+# telling a fact is copying one word of the post, which even a tiny model can learn.
 FACTS = {"who": ("landlord", "boss", "sister", "roommate", "husband"),
          "did": ("sold", "broke", "stole", "hid", "lost"),
          "what": ("car", "phone", "guitar", "couch", "passport"),
          "feels": ("angry", "scared", "guilty", "hurt", "confused"),
          "asks": ("leave", "wait", "apologize", "sue", "forgive")}
-# The three clauses of a good summary, in the order a reader wants them
+# The three clauses of a good summary, in the order a reader wants them. Three, and not one, so that
+# a summary can be terse, complete or out of order.
 CLAUSES = {"event": "My {who} {did} my {what}.", "feeling": "I feel {feels}.",
            "question": "Should I {asks}?"}
+# What a post tells beside its facts, and a summary should leave out. Two of eight stand in a post.
 ASIDES = ("It was late.", "It was raining.", "Nobody knows.", "We live together.",
           "Rent is due.", "I work nights.", "Dinner was cold.", "Nothing else happened.")
-SUBREDDITS = ("relationships", "legaladvice")
+SUBREDDITS = ("relationships", "legaladvice")  # for the look of a prompt: no fact depends on it
 
-WRONG = 0.04  # a reference has each fact wrong with this chance
-TERSE = 0.5  # and tells nothing but the event with this one: hence SFT does not beat references
-DRAWS = 200  # at most, where a draw has to differ: one does with chance .4, and .6**200 = 4e-45
-NOISE = 2.6  # temperature of the labels, in units of taste: 78 % agree with it; paper: 77 % (3.3)
+# How humans err, as chances. They are set so that imitation can't beat its teachers: of the paper's
+# models trained on references the largest, of 13B, wins 43 % against them (Fig. 1), here 45 %.
+WRONG = 0.04  # a fact of a reference is another one: rare, as people know their own story
+TERSE = 0.5  # it tells the event only: the main fault, as the paper gains in coverage most (Fig. 3)
+TELLS = 0.75  # who is not terse tells the feeling, and with the same chance the question
+RAMBLES = 0.35  # who is not terse adds an aside
+# Of a confused copy each fact is another one with this chance: two of the five on average, so that
+# the reward model gets pairs with one difference as well as with several.
+MIXED_UP = 0.4
+# Where a draw has to differ, so many are made at most. One differs with chance .4 or more, and
+# .6**200 = 4e-45; for each post of many different ones the chance is one half.
+DRAWS = 200
+NOISE = 2.6  # temperature of the labels, in units of taste: 79 % agree with it; paper: 77 % (3.3)
 
 # ---------------------------------------------------------------------------- posts and writers
 
@@ -47,30 +71,40 @@ def number_of_posts():
             * math.factorial(len(CLAUSES) + 3))
 
 
+def draw_post(rng, seed):
+    """One post with its reference summary, as make_posts returns them."""
+    facts = {name: rng.choice(values) for name, values in FACTS.items()}
+    asides = rng.sample(ASIDES, 2)
+    # Six sentences in any order: where a fact stands says nothing, it has to be found by reading.
+    body = [clause.format(**facts) for clause in CLAUSES.values()]
+    # Each fact stands twice in a post, as it would: once to copy from, once to make sure. The title
+    # repeats the others, but not the feeling.
+    body += [f"Why do I feel {facts['feels']}?", *asides]
+    rng.shuffle(body)
+    title = "My {who} {did} my {what}, should I {asks}?".format(**facts)
+    post = {"subreddit": rng.choice(SUBREDDITS), "title": title, "post": " ".join(body),
+            "facts": facts, "asides": asides}
+    post["summary"] = reference_summary(post, seed)
+    return post
+
+
 def make_posts(n, seed):
     """n different posts as {"subreddit", "title", "post", "summary"} with the reference as summary.
 
     "facts" and "asides" are what only the labeler (and a test) may look at. SettingError for more
     than half of the posts that there are: up to there, at least every second draw is a new one.
     """
-    if n > number_of_posts() // 2:
-        raise SettingError(f"the tiny world can't give {n} different posts, at most "
-                           f"{number_of_posts() // 2}: lower toy_posts, toy_comparisons or "
-                           "toy_held_out")
-    rng = random.Random(f"posts {seed}")
-    posts = {}
-    while len(posts) < n:
-        facts = {name: rng.choice(values) for name, values in FACTS.items()}
-        asides = rng.sample(ASIDES, 2)
-        body = [clause.format(**facts) for clause in CLAUSES.values()]
-        # each fact stands twice in a post, as it would: once to copy from, once to make sure
-        body += [f"Why do I feel {facts['feels']}?", *asides]
-        rng.shuffle(body)
-        title = "My {who} {did} my {what}, should I {asks}?".format(**facts)
-        post = {"subreddit": rng.choice(SUBREDDITS), "title": title, "post": " ".join(body),
-                "facts": facts, "asides": asides}
-        post["summary"] = reference_summary(post, seed)
+    most = number_of_posts() // 2
+    rng, posts = random.Random(f"posts {seed}"), {}
+    # About 2 n draws at most are needed. The bound is for lists that an edit made to repeat values.
+    for _ in range(DRAWS * n if n <= most else 0):
+        if len(posts) == n:
+            break
+        post = draw_post(rng, seed)
         posts.setdefault(post["post"], post)
+    if len(posts) < n:
+        raise SettingError(f"the tiny world can't give {n} different posts, at most {most}: lower "
+                           "toy_posts, toy_comparisons or toy_held_out")
     return list(posts.values())
 
 
@@ -85,19 +119,27 @@ def write_summary(post, rng, terse):
     facts = confuse(post["facts"], rng, WRONG)
     clauses = [CLAUSES["event"]]
     if rng.random() >= terse:
-        clauses += [CLAUSES[name] for name in ("feeling", "question") if rng.random() < 0.75]
-        clauses += [rng.choice(post["asides"])] * (rng.random() < 0.35)
+        for name in ("feeling", "question"):
+            if rng.random() < TELLS:
+                clauses.append(CLAUSES[name])
+        aside = rng.choice(post["asides"])
+        if rng.random() < RAMBLES:
+            clauses.append(aside)
     return " ".join(clause.format(**facts) for clause in clauses)
 
 
 def confuse(facts, rng, wrong):
     """A copy of the facts with each one replaced by another value with chance `wrong`."""
-    return {name: rng.choice([value for value in FACTS[name] if value != fact])
-            if rng.random() < wrong else fact for name, fact in facts.items()}
+    confused = dict(facts)
+    for name, fact in facts.items():
+        if rng.random() < wrong:
+            confused[name] = rng.choice([value for value in FACTS[name] if value != fact])
+    return confused
 
 
 def reference_summary(post, seed):
     """An imperfect human's summary: terse, forgetful, sometimes wrong, sometimes rambling."""
+    # The post is part of the seed: the same post gets the same reference, wherever it is drawn.
     rng = random.Random(f"reference {seed} {post['title']} {post['post']}")
     for _ in range(DRAWS):
         summary = write_summary(post, rng, TERSE)
@@ -116,7 +158,9 @@ def confused_pair(post, rng):
     """
     summary = write_summary(post, rng, terse=0)
     for _ in range(DRAWS):
-        swap = dict(zip(post["facts"].values(), confuse(post["facts"], rng, 0.4).values()))
+        confused = confuse(post["facts"], rng, MIXED_UP)
+        swap = {post["facts"][name]: confused[name] for name in FACTS}
+        # All words at once: one after the other, a swapped word could be swapped again.
         confusion = re.sub(r"\w+", lambda word: swap.get(word[0], word[0]), summary)
         if confusion != summary:
             break
@@ -125,17 +169,25 @@ def confused_pair(post, rng):
 
 # ---------------------------------------------------------------------------- the labeler
 
-# "I feel {feels}." -> "I feel (?P<feels>angry|scared|...)[.]"
+# A clause as a pattern that reads the facts back: "I feel (?P<feels>angry|scared|...)[.]"
 GROUPS = {name: f"(?P<{name}>{'|'.join(values)})" for name, values in FACTS.items()}
 PATTERNS = {name: re.compile(re.sub("[.?]", r"[\g<0>]", clause).format(**GROUPS))
             for name, clause in CLAUSES.items()}
 
 
 def read_summary(summary):
-    """Sentences of a summary as (clause name, stated facts), or (None, sentence) if it is none."""
-    for sentence in map(str.strip, re.findall(r"[^.?!]*[.?!]|[^.?!]+$", summary)):
-        matches = ((name, pattern.fullmatch(sentence)) for name, pattern in PATTERNS.items())
-        yield next(((name, m.groupdict()) for name, m in matches if m), (None, sentence))
+    """A list with a pair for each sentence: (clause name, {fact name: what is stated}), or
+    (None, sentence) if it is none of the three clauses."""
+    sentences = []
+    # Up to and with the next end of a sentence; or the rest, which has none.
+    for sentence in re.findall(r"[^.?!]*[.?!]|[^.?!]+$", summary):
+        read = (None, sentence.strip())
+        for name, pattern in PATTERNS.items():
+            match = pattern.fullmatch(sentence.strip())
+            if match:
+                read = (name, match.groupdict())
+        sentences.append(read)
+    return sentences
 
 
 def true_quality(post, summary):
@@ -144,14 +196,19 @@ def true_quality(post, summary):
     +1 a fact that is right, -2 one that is not (an invention costs more than a gap, as labelers are
     told in App. C.5); -1/2 a repeated clause, one out of order, or an aside; -1 an aside the post
     does not have; -3/4 a sentence that is none; -1/20 a word beyond the length of the ideal.
+
+    So leaving out is never worse than making up, and nothing that can be added to an ideal summary
+    makes it better. The numbers themselves are ours: the paper's labelers weigh as they like.
     """
     order, seen = list(CLAUSES), []
+    # The paper asks for fewer than 48 tokens (3.2); here each word too many has its price.
     quality = -0.05 * max(0, len(summary.split()) - len(ideal_summary(post).split()))
     for clause, stated in read_summary(summary):
-        if clause is None:
-            quality -= 0.75 if stated not in ASIDES else 0.5 if stated in post["asides"] else 1.0
-        elif clause in seen:
+        # A clause told again counts as wasted room, whatever it says this time.
+        if clause in seen or stated in post["asides"]:
             quality -= 0.5
+        elif clause is None:  # an aside of another post, or no sentence at all
+            quality -= 1.0 if stated in ASIDES else 0.75
         else:
             quality -= 0.5 * any(order.index(clause) < order.index(earlier) for earlier in seen)
             quality += sum(1 if post["facts"][name] == stated[name] else -2 for name in stated)
@@ -160,12 +217,17 @@ def true_quality(post, summary):
 
 
 def fact_accuracy(posts, summaries):
-    """Of the facts that the summaries state, the share that is right, by fact."""
-    right = {name: [] for name in FACTS}  # a bool for each time it is stated; 0 if it never is
+    """Of the facts that the summaries state, the share that is right, by fact.
+
+    Says whether a model copies from the post: one that only knows the form has 1/5.
+    """
+    right = {name: [] for name in FACTS}  # a bool for each time it is stated
     for post, summary in zip(posts, summaries):
         for clause, facts in read_summary(summary):
-            for name, fact in facts.items() if clause else ():
-                right[name].append(fact == post["facts"][name])
+            if clause:
+                for name, fact in facts.items():
+                    right[name].append(fact == post["facts"][name])
+    # A fact that is never stated has 0, not a division by zero.
     return {name: sum(bools) / max(1, len(bools)) for name, bools in right.items()}
 
 
@@ -176,6 +238,7 @@ def compare(post, summary_a, summary_b, policies, rng):
     """
     gap = true_quality(post, summary_a) - true_quality(post, summary_b)
     pair, names = [summary_a, summary_b], list(policies)
+    # No third answer: a row of the paper's has a choice of two too, however sure the labeler was.
     if rng.random() >= 1 / (1 + math.exp(-gap / NOISE)):
         pair, names, gap = pair[::-1], names[::-1], -gap
     return {"post": post, "chosen": pair[0], "rejected": pair[1], "policies": names, "gap": gap}
@@ -184,10 +247,15 @@ def compare(post, summary_a, summary_b, policies, rng):
 def make_comparisons(posts, samples_a, samples_b, seed):
     """Comparisons of several policies' summaries (section 3.1), one per post: two SFT samples where
     the post has two, one and the reference where it has one, else a confused pair. Identical
-    summaries are left out, as in tldr.py."""
+    summaries are left out, as in tldr.py.
+
+    samples_a and samples_b hold summaries of the first posts, samples_b of fewer. Policies that PPO
+    has trained are not among them, as they are in the paper: this is one round of its three steps.
+    """
     rng = random.Random(f"comparisons {seed}")
     comparisons = []
     for row, post in enumerate(posts):
+        # Which comes first says nothing: compare draws the label, and the pair is stored by it.
         if row < len(samples_b):
             pair, policies = (samples_a[row], samples_b[row]), ("sft", "sft")
         elif row < len(samples_a):
@@ -211,7 +279,8 @@ def swapped_fact_pairs(posts, seed):
 
 
 def label_ceiling(comparisons):
-    """Accuracy that someone who knew the taste would have on these noisy labels."""
+    """Accuracy that someone who knew the taste would have on these noisy labels: what no reward
+    model can pass. In the paper a researcher agrees with a labeler in 77 % of the cases (3.3)."""
     return sum(1 / (1 + math.exp(-abs(c["gap"]) / NOISE)) for c in comparisons) / len(comparisons)
 
 
@@ -219,13 +288,17 @@ def label_ceiling(comparisons):
 
 
 def make_tokenizer(texts):
-    """Byte-level BPE trained on texts (no byte is ever unknown), with separate EOS and pad."""
+    """Byte-level BPE trained on texts (no byte is ever unknown), with separate EOS and pad.
+
+    The paper has that of GPT-2 (B.1), whose 50,257 tokens would be most of a model this small.
+    """
     tokenizer = Tokenizer(models.BPE())
-    # "\n\nTITLE:" and " word" are one piece each, so the frame of a prompt costs few tokens
+    # "\n\nTITLE:" and " word" are one piece each, so the frame of a prompt costs few tokens.
     pieces = Regex(r"\n*[A-Z;]+:|\n+| ?\w+| ?[^\w\s]+|\s+")
     tokenizer.pre_tokenizer = Sequence([Split(pieces, "isolated"),
                                         ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
+    # 4096 is never reached: merging ends when each word of the tiny world is one token, near 490.
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=4096, special_tokens=["<|endoftext|>", "<|pad|>"], show_progress=False,
         initial_alphabet=ByteLevel.alphabet()))
@@ -234,10 +307,16 @@ def make_tokenizer(texts):
 
 
 def make_model(tokenizer, width=64, layers=2, heads=4):
-    """A tiny Llama from scratch, about 150,000 weights at the tiny world's vocabulary."""
+    """A tiny Llama from scratch, in eval mode; 144,000 weights at the tiny world's vocabulary.
+
+    Two layers, because copying takes two: one looks at the word before, the other finds the place
+    where that word stood. No dropout: it is 0 by default, and so it is in the 2020 code
+    (openai/summarize-from-feedback). The weights come from torch's global random state.
+    """
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width,
-        num_hidden_layers=layers, num_attention_heads=heads, bos_token_id=None,
+        num_hidden_layers=layers, num_attention_heads=heads,
+        bos_token_id=None,  # nothing stands in front of a prompt (B.2)
         initializer_range=width**-0.5,  # 0.02, the default, is for widths of 1000 and more
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},  # 1e4 blurs distant words here
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))

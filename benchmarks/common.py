@@ -5,6 +5,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -36,9 +37,9 @@ def make_model(work, seed=0):
 
 
 class Endings:
-    """Stands in for torch.multinomial, which both `lm.sample` and `generate` draw tokens with: row i
-    of a batch ends at its given length, which random weights would hardly ever do. A length beyond
-    the limit never ends. greedy: the most likely token, so that two samplers agree."""
+    """Stands in for torch.multinomial, which both `lm.sample` and `generate` draw tokens with: row
+    i of a batch ends at its given length, which random weights would hardly ever do. A length
+    beyond the limit never ends. greedy: the most likely token, so that two samplers agree."""
 
     def __init__(self, work, greedy=False):
         import torch
@@ -63,6 +64,17 @@ class Endings:
         return token
 
 
+def timed(clock, name, function, counts=lambda: True):
+    """The function, whose seconds are added to clock[name] where counts() is true after it."""
+    def call(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        clock[name] += (time.perf_counter() - start) * counts()
+        return result
+
+    return call
+
+
 def memory(field):
     """VmRSS (now) or VmHWM (the most so far) of this process in bytes; Linux."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -71,7 +83,7 @@ def memory(field):
 
 
 def serve(prepare):
-    """A worker: prepare(work) -> a function that does the work once and returns what it measured."""
+    """A worker: prepare(work) -> a function that does the work once and returns its numbers."""
     import torch
     torch.set_num_threads(1)
     out, sys.stdout = sys.stdout, sys.stderr  # libraries print

@@ -8,6 +8,7 @@ Run by ppo_update.py with the Python of an environment of its own:
 import os
 import tempfile
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -17,30 +18,23 @@ import transformers
 from transformers import GPT2ForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from common import Endings, make_model, make_prompts, serve
+from common import Endings, make_model, make_prompts, serve, timed
+
+
+def make_scorer(work):
+    """A reward model, or a critic, as TRL wants them: a linear head with one label."""
+    trunk = make_model(work, seed=1).transformer
+    trunk.config.num_labels = 1
+    model = GPT2ForSequenceClassification(trunk.config)
+    model.transformer.load_state_dict(trunk.state_dict())
+    return model
 
 
 def peer(work):
+    """-> a function that runs PPOTrainer for one iteration."""
     transformers.logging.set_verbosity_error()
     Endings(work)
-    clock = {}
-    policy, pad = make_model(work), work["vocab"] - 1
-    policy.config.num_labels = 1
-
-    def scorer():
-        model = GPT2ForSequenceClassification(policy.config)
-        model.transformer.load_state_dict(make_model(work, seed=1).transformer.state_dict())
-        return model
-
-    def timed(name, function):
-        def call(*args, **kwargs):
-            if torch.is_grad_enabled():  # the update's own passes
-                return function(*args, **kwargs)
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            clock[name] = clock.get(name, 0) + time.perf_counter() - start
-            return result
-        return call
+    clock, pad = Counter(), work["vocab"] - 1
 
     def collate(rows):
         width = max(len(row["input_ids"]) for row in rows)
@@ -48,10 +42,11 @@ def peer(work):
                                            + row["input_ids"] for row in rows])}
 
     # batch_generation has no_grad as a decorator of its own
-    generation = ppo_trainer.batch_generation
-    ppo_trainer.batch_generation = torch.no_grad()(timed("rollout", generation))
-    for name in ("forward", "get_reward"):
-        setattr(ppo_trainer, name, timed("scoring", getattr(ppo_trainer, name)))
+    ppo_trainer.batch_generation = torch.no_grad()(
+        timed(clock, "rollout", ppo_trainer.batch_generation))
+    for name in ("forward", "get_reward"):  # with a gradient they are the update's own passes
+        setattr(ppo_trainer, name, timed(clock, "scoring", getattr(ppo_trainer, name),
+                                         lambda: not torch.is_grad_enabled()))
     rows = [{"input_ids": prompt} for prompt in make_prompts(work)
             for _ in range(work["summaries"])]
     trainer = PPOTrainer(
@@ -64,7 +59,8 @@ def peer(work):
             response_length=work["limit"], stop_token="eos", temperature=0.7, learning_rate=1e-5,
             missing_eos_penalty=1.0, report_to="none", disable_tqdm=True),
         SimpleNamespace(eos_token_id=work["vocab"] - 2, pad_token_id=pad),
-        policy, make_model(work), scorer(), rows, scorer(), data_collator=collate)
+        make_model(work), make_model(work), make_scorer(work), rows, make_scorer(work),
+        data_collator=collate)
 
     def once():
         clock.clear()

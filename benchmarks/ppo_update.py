@@ -14,41 +14,55 @@ with PPO. Every side is a process of its own; they take turns; medians (and mini
 import argparse
 import sys
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 from common import HERE, Endings, alternate, draw_lengths, make_model, make_prompts, median, report
-from common import serve
+from common import serve, timed
 
 SAVINGS = {
     "sharing": "the post once for its k summaries",
-    "trimming": "microbatches of similar length, without the columns that are padding",
+    "trimming": "microbatches as wide as their own rows, which are of similar length",
     "dropping": "sampling stops for the rows that have ended",
     "slicing": "logits at the response's positions alone",
 }
 
 
-def ours(work):
-    """-> a function that runs ppo.train_ppo for one update, without work["without"]."""
+def tokens_of(work):
+    """Tokens of each summary."""
+    return [min(n, work["limit"]) for n in work["lengths"]]
+
+
+def tokens_needed(work, epochs):
+    """Tokens that the networks have to read in one update. Each pass over whole texts (four without
+    gradient: old and reference log-probs, values, scores; policy and critic once an epoch) needs
+    the post once and each token of its summaries; sampling needs the post once and each token but
+    a summary's last."""
+    passes, posts, tokens = 4 + 2 * epochs, sum(work["prompts"]), tokens_of(work)
+    return passes * (posts + sum(tokens)) + posts + sum(n - 1 for n in tokens)
+
+
+def switch_off(saving, work, ends):
+    """Do without a saving that is no setting (sharing is one): patch what ppo.train_ppo calls."""
+    import torch.nn.functional as F
+    from transformers import GPT2LMHeadModel
+
     import lm
     import ppo
-    from reward import RewardModel
 
-    without, k = work["without"], work["summaries"]
-    ends, clock, computed = Endings(work), {}, [0]
-    forward = type(make_model({**work, "layers": 1})).forward
+    join, sample, forward = lm.join, lm.sample, GPT2LMHeadModel.forward
+    longest = max(work["prompts"]), max(tokens_of(work))
 
-    def timed(name, function):
-        def call(*args, **kwargs):
-            start = time.perf_counter()
-            result = function(*args, **kwargs)
-            clock[name] = clock.get(name, 0) + time.perf_counter() - start
-            return result
-        return call
+    def join_wide(queries, responses, pad_id, device):
+        """As wide as the longest prompt and summary of the batch, whatever these rows need."""
+        ids, mask, Q = join(queries, responses, pad_id, device)
+        padding = longest[0] - Q, longest[1] - (ids.shape[1] - Q)
+        return F.pad(ids, padding, value=pad_id), F.pad(mask, padding), longest[0]
 
     def sample_all(*args, **settings):
         """All rows up to the limit; what follows the given lengths is dropped afterwards."""
         ends.never = True
-        rows = lm.sample(*args, **settings)
+        rows = sample(*args, **settings)
         for row, n in zip(rows, ends.current.tolist()):
             row[n - 1 : n], row[n:] = settings["eos_token_id"], settings["pad_token_id"]
         return rows
@@ -58,37 +72,52 @@ def ours(work):
         result.logits = result.logits[:, -logits_to_keep:]
         return result
 
+    if saving == "trimming":
+        ppo.join = join_wide
+    if saving == "dropping":
+        lm.sample = sample_all
+    if saving == "slicing":
+        GPT2LMHeadModel.forward = forward_all
+
+
+def make_config(work, n_posts, k):
+    """The settings of one update; all others have their defaults."""
+    from engine.settings import ModelConfig
+    from ppo import PPOConfig
+
+    config = SimpleNamespace(**vars(ModelConfig()), **vars(PPOConfig()))
+    config.ppo_batch_size = config.ppo_episodes = k * n_posts
+    config.return_sequences, config.response_length = k, work["limit"]
+    config.micro_batch_size, config.rollout_batch_size = work["micro"], work["rollout"]
+    config.temperature, config.ppo_lr = 0.7, 1e-5
+    return config
+
+
+def ours(work):
+    """-> a function that runs ppo.train_ppo for one update, without work["without"]."""
+    import lm
+    import ppo
+    from reward import RewardModel
+
+    clock, computed = Counter(), [0]
+    prompts, k = make_prompts(work), work["summaries"]
+    if work["without"] == "sharing":
+        prompts, k = [prompt for prompt in prompts for _ in range(k)], 1
+    switch_off(work["without"], work, Endings(work))
+    lm.sample = timed(clock, "rollout", lm.sample)
+    ppo.rollout = timed(clock, "rollout and scoring", ppo.rollout)
+    config = make_config(work, len(prompts), k)
+    tokenizer = SimpleNamespace(eos_token_id=work["vocab"] - 2, pad_token_id=work["vocab"] - 1)
+    row = {"kl_per_summary": 0, "length": 1, "entropy": 1, "step": 0}  # nothing to warn of
+    run = SimpleNamespace(seed=0, steps=lambda *_, **__: [0], log=lambda *_, **__: None,
+                          history=lambda _: [row])
+
     def count(module, args, kwargs):
         computed[0] += (args[0] if args else kwargs["input_ids"]).numel()
 
-    model, prompts = make_model(work), make_prompts(work)
-    reward_model = RewardModel(make_model(work, seed=1))
+    model, reward_model = make_model(work), RewardModel(make_model(work, seed=1))
     for trunk in (model.transformer, reward_model.trunk):  # copies of a module keep its hooks
         trunk.register_forward_pre_hook(count, with_kwargs=True)
-    if without == "sharing":
-        prompts, k = [prompt for prompt in prompts for _ in range(k)], 1
-    if without == "trimming":
-        ppo.trim = lambda ids, mask, width: (ids, mask, width)
-    if without == "slicing":
-        type(model).forward = forward_all
-    ppo.sample = timed("rollout", sample_all if without == "dropping" else lm.sample)
-    ppo.rollout = timed("rollout and scoring", ppo.rollout)
-    config = SimpleNamespace(**{**vars(lm.ModelConfig()), **vars(ppo.PPOConfig()),
-                                "ppo_batch_size": k * len(prompts), "return_sequences": k,
-                                "ppo_episodes": k * len(prompts), "response_length": work["limit"],
-                                "micro_batch_size": work["micro"], "temperature": 0.7,
-                                "rollout_batch_size": work["rollout"], "ppo_lr": 1e-5})
-    tokenizer = SimpleNamespace(eos_token_id=work["vocab"] - 2, pad_token_id=work["vocab"] - 1)
-    run = SimpleNamespace(seed=0, steps=lambda *_, **__: [0], log=lambda *_, **__: None,
-                          warn=lambda *_: None, history=lambda stage: [
-                              {"kl_per_summary": 0, "length": 1, "entropy": 1, "step": 0}])
-
-    # Needed. Each pass over whole texts (four without gradient: old and reference log-probs,
-    # values, scores; policy and critic once an epoch) the post once and each token of its
-    # summaries; sampling the post once and each token but a summary's last.
-    passes, posts = 4 + 2 * config.ppo_epochs, sum(work["prompts"])
-    tokens = [min(n, work["limit"]) for n in work["lengths"]]
-    needed = passes * (posts + sum(tokens)) + posts + sum(n - 1 for n in tokens)
 
     def once():
         computed[0] = 0
@@ -100,7 +129,9 @@ def ours(work):
                 "rollout_seconds": clock["rollout"],
                 "scoring_seconds": clock["rollout and scoring"] - clock["rollout"],
                 "update_seconds": total - clock["rollout and scoring"],
-                "tokens_computed": computed[0], "tokens_needed": needed}
+                "tokens_computed": computed[0],
+                "tokens_needed": tokens_needed(work, config.ppo_epochs)}
+
     return once
 
 
@@ -115,6 +146,36 @@ def make_work(shape, summaries, vocab, episodes=64, width=128, layers=4, micro=N
     return {"prompts": prompts, "lengths": lengths, "limit": limit, "summaries": summaries,
             "vocab": vocab, "width": width, "layers": layers, "micro": micro or size,
             "rollout": rollout or size, "without": None}
+
+
+def summarize(measured):
+    """Rows of measurements, by side -> the numbers to report."""
+    ours = measured["ours"]
+    results = {key: ours[0][key] for key in ("tokens_computed", "tokens_needed")}
+    results["computed_over_needed"] = results["tokens_computed"] / results["tokens_needed"]
+    for name in ("ours", "peer"):
+        if name in measured:
+            for part in ("seconds", "cpu_seconds", "rollout_seconds", "scoring_seconds",
+                         "update_seconds"):
+                results[f"{name}_{part}"] = median(measured[name], part)
+            results[f"{name}_minimum_seconds"] = min(row["seconds"] for row in measured[name])
+            results[f"{name}_peak_bytes"] = measured[name][-1]["peak_bytes"]
+    if "peer" in measured:
+        results["peer_over_ours"] = results["peer_seconds"] / results["ours_seconds"]
+        # the kernel's count of one thread's work: steadier where the machine has other users
+        results["peer_over_ours_cpu"] = results["peer_cpu_seconds"] / results["ours_cpu_seconds"]
+        results["peer_over_ours_bytes"] = results["peer_peak_bytes"] / results["ours_peak_bytes"]
+    results["savings"] = {}
+    for name, what in SAVINGS.items():
+        rows = measured.get(f"without {name}")
+        if rows:
+            results["savings"][name] = {
+                "what": what,
+                "seconds_ratio": median(rows, "seconds") / results["ours_seconds"],
+                "cpu_ratio": median(rows, "cpu_seconds") / results["ours_cpu_seconds"],
+                "bytes_ratio": rows[-1]["peak_bytes"] / results["ours_peak_bytes"],
+                "tokens_ratio": rows[0]["tokens_computed"] / results["tokens_computed"]}
+    return results
 
 
 def main():
@@ -142,32 +203,8 @@ def main():
     measured = alternate(commands, work, a.rounds)
     results = {"shape": a.shape, "summaries": summaries, "vocab": a.vocab, "rounds": a.rounds,
                "episodes": a.episodes, "width": a.width, "layers": a.layers,
-               "micro_batch": work["micro"], "rollout_batch": work["rollout"],
-               "tokens_computed": measured["ours"][0]["tokens_computed"],
-               "tokens_needed": measured["ours"][0]["tokens_needed"]}
-    results["computed_over_needed"] = results["tokens_computed"] / results["tokens_needed"]
-    for name in ("ours", "peer"):
-        for part in ("seconds", "cpu_seconds", "rollout_seconds", "scoring_seconds",
-                     "update_seconds"):
-            if name in measured:
-                results[f"{name}_{part}"] = median(measured[name], part)
-        if name in measured:
-            results[f"{name}_minimum_seconds"] = min(row["seconds"] for row in measured[name])
-            results[f"{name}_peak_bytes"] = measured[name][-1]["peak_bytes"]
-    if a.peer_python:
-        results["peer_over_ours"] = results["peer_seconds"] / results["ours_seconds"]
-        # the kernel's count of one thread's work: steadier where the machine has other users
-        results["peer_over_ours_cpu"] = results["peer_cpu_seconds"] / results["ours_cpu_seconds"]
-        results["peer_over_ours_bytes"] = results["peer_peak_bytes"] / results["ours_peak_bytes"]
-    results["savings"] = {
-        name.removeprefix("without "): {
-            "what": SAVINGS[name.removeprefix("without ")],
-            "seconds_ratio": median(rows, "seconds") / results["ours_seconds"],
-            "cpu_ratio": median(rows, "cpu_seconds") / results["ours_cpu_seconds"],
-            "bytes_ratio": rows[-1]["peak_bytes"] / results["ours_peak_bytes"],
-            "tokens_ratio": rows[0]["tokens_computed"] / results["tokens_computed"]}
-        for name, rows in measured.items() if name.startswith("without ")}
-    report(results, a.json)
+               "micro_batch": work["micro"], "rollout_batch": work["rollout"]}
+    report(results | summarize(measured), a.json)
 
 
 if __name__ == "__main__":

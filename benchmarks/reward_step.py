@@ -1,5 +1,5 @@
 """A training step of the reward model: chosen and rejected as one row that shares the post
-(lm.pack), beside both of them in full, in one padded batch.
+(engine.batches.pack), beside both of them in full, in one padded batch.
 
     python benchmarks/reward_step.py [--pairs 8] [--json FILE]
 
@@ -23,8 +23,9 @@ def main():
 
     import torch
 
-    from lm import join, update
-    from reward import RewardModel, preference_loss
+    from engine.batches import one_step
+    from lm import join
+    from reward import RewardModel, final_scores, preference_loss
     torch.set_num_threads(1)
     prompts, lengths = draw_lengths(a.pairs, 2, 128)
     work = {**vars(a), "prompts": prompts}
@@ -32,8 +33,8 @@ def main():
     responses = make_prompts({**work, "prompts": lengths})
 
     def shared(model):
-        ids, mask, width = join([q for q in queries for _ in range(2)], responses, pad)
-        return model.score(ids, mask, ids.shape[1] - width, k=2).view(-1, 2).unbind(1)
+        ids, mask, Q = join([q for q in queries for _ in range(2)], responses, pad)
+        return final_scores(model, ids, mask, ids.shape[1] - Q, k=2).view(-1, 2).unbind(1)
 
     def concatenated(model):
         ids, mask, _ = join(queries + queries, responses[::2] + responses[1::2], pad)
@@ -48,10 +49,11 @@ def main():
     for turn in range(a.rounds + 1):  # the first one warms up
         for name, scores in sides.items():
             start, cpu = time.perf_counter(), time.process_time()
-            loss = update(optimizers[name], [preference_loss(*scores(models[name]))], 1e-4)
+            with one_step(optimizers[name], 1e-4) as step:
+                step.add(preference_loss(*scores(models[name])))
             rows[name].append({"seconds": time.perf_counter() - start,
                                "cpu_seconds": time.process_time() - cpu})
-            losses.setdefault(name, loss)
+            losses.setdefault(name, step.loss)
     gap = abs(losses["shared"] - losses["concatenated"])
     assert gap < 1e-5, f"the losses differ by {gap:.2g}"
     results = {f"{name}_{key}": median(rows[name][1:], key) for name in sides

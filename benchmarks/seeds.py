@@ -31,7 +31,7 @@ MEASURES = (  # name in the table, path into results.json
     ("", "mean_length_ppo"),
     ("seconds, whole run", "seconds.total"),
     *((f"seconds, {stage}", f"seconds.{stage}")
-      for stage in ("sft", "comparisons", "reward", "ppo", "judge")),
+      for stage in ("sft", "comparisons, train", "reward", "ppo", "judge")),
 )
 
 

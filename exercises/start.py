@@ -18,6 +18,7 @@ from pathlib import Path
 from bugs import BUGS, plant
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 # In the paper's order: file, function, what it is
 EXERCISES = [("lm.py", "get_log_probs", "log-probs of the tokens, shifted by one"),
              ("lm.py", "get_response_mask", "which tokens of a response are actions"),
@@ -46,6 +47,15 @@ def test_masked_mean_by_hand():
     x, mask = torch.tensor([[1.0, 2.0], [6.0, 50.0]]), torch.tensor([[1, 1], [1, 0]])
     assert masked_mean(x, mask).item() == 3.0  # (1 + 2 + 6) / 3
 '''
+
+
+def copy_project(folder):
+    """Copy the project's own files, those of engine/ too, so that the folder runs by itself."""
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")):
+        copied = folder / path.relative_to(ROOT)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copied)
+    return folder
 
 
 def find(source, name):
@@ -114,9 +124,7 @@ def main(arguments=None):
         raise SystemExit(f"start: {args.folder} is not empty: nothing is ever overwritten; name "
                          "another folder")
 
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for path in HERE.parent.glob("*.py"):
-        shutil.copyfile(path, args.folder / path.name)
+    copy_project(args.folder)
     # an ini file of its own, or pytest would take the project's for it
     (args.folder / "pytest.ini").write_text("[pytest]\npythonpath = .\n", encoding="utf-8")
     if bug:

@@ -18,7 +18,7 @@ import matplotlib.pyplot  # noqa: E402, F401
 import torch  # noqa: E402
 
 import rlhf_minimal  # noqa: E402
-import run  # noqa: E402
+from engine import folder as folder_file  # noqa: E402
 
 SMALL = ("--seed 3 --toy_posts 640 --toy_comparisons 320 --toy_held_out 24 --ppo_episodes 192 "
          "--ppo_batch_size 32 --ppo_epochs 2 --judge_every 2 --judge_during 8 --judge_posts 16 "
@@ -50,7 +50,7 @@ def die_inside_write(kind, number, kinds):
         if now("after a rename"):
             die()
 
-    def save_file(tensors, path, really=run.save_file):
+    def save_file(tensors, path, really=folder_file.save_file):
         really(tensors, path)
         if now("half a checkpoint"):
             os.truncate(path, os.path.getsize(path) // 2)
@@ -78,7 +78,8 @@ def die_inside_write(kind, number, kinds):
                 die()
             self.file.write(line)
 
-    os.replace, run.save_file, Path.write_text, run.open = replace, save_file, write_text, Torn
+    os.replace, folder_file.save_file = replace, save_file
+    Path.write_text, folder_file.open = write_text, Torn
 
 
 def start(folder, before=lambda: None):

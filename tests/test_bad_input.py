@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 import rlhf_minimal
 import toy
-from tldr import DataError, build_prompt, divide_by_post, encode_prompt, load_comparisons
-from tldr import load_posts
+from engine.rows import DataError
+from tldr import build_prompt, divide_by_post, encode_prompt, load_comparisons, load_posts
 
 torch.set_num_threads(1)
 

@@ -9,20 +9,21 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from bugs import BUGS, plant
+from start import copy_project
 
 pytestmark = pytest.mark.bugs
 ROOT = Path(__file__).parent.parent
 # the tests that concern a file, the ones on paper before the loop
-TESTS = {"tldr.py": ["test_tldr.py"], "toy.py": ["test_toy.py"], "reward.py": ["test_reward.py"],
+TESTS = {"tldr.py": ["test_tldr.py"], "toy.py": ["test_toy.py"], "sft.py": ["test_loop.py"],
+         "reward.py": ["test_reward.py"], "judge.py": ["test_judge.py", "test_loop.py"],
          "lm.py": ["test_lm.py", "test_loop.py"], "ppo.py": ["test_ppo.py", "test_loop.py"],
-         "judge.py": ["test_judge.py"], "figures.py": ["test_loop.py"]}
+         "engine/batches.py": ["test_batches.py", "test_loop.py"]}
 # Imported once, by a process that each bug then is a fork of: seconds saved a bug
 SLOW_TO_IMPORT = ["torch", "pytest", "datasets", *(
     f"transformers.models.{name}.modeling_{name}" for name in
@@ -45,6 +46,13 @@ class Failures:
             self.found.append((report.nodeid, report.longreprtext))
 
 
+def python_files(folder):
+    """The text of each file that a folder of the project runs with, by its path."""
+    paths = (*folder.glob("*.py"), *folder.glob("engine/*.py"))
+    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+            for path in paths}
+
+
 def write_failures(folder, tests, *options):
     """In a process of its own: run the tests on the modules in folder."""
     import torch
@@ -56,8 +64,9 @@ def write_failures(folder, tests, *options):
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         pytest.main([*map(str, tests), "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={folder}",
                      "-m", "not slow and not bugs", *options], plugins=[plugin])
-    ours = [sys.modules[path.stem] for path in ROOT.glob("*.py") if path.stem in sys.modules]
-    assert ours and all(Path(module.__file__).parent == Path(folder) for module in ours)
+    names = {path: path.removesuffix(".py").replace("/", ".") for path in python_files(ROOT)}
+    ours = {path: sys.modules[name] for path, name in names.items() if name in sys.modules}
+    assert ours and all(Path(ours[path].__file__) == Path(folder, path) for path in ours)
     Path(folder, "failures.json").write_text(json.dumps(plugin.found))
 
 
@@ -82,16 +91,10 @@ def run_tests():
     return run
 
 
-def copy_of_the_project(folder):
-    for path in ROOT.glob("*.py"):
-        shutil.copy2(path, folder)
-    return folder
-
-
 @pytest.mark.parametrize("number", range(len(BUGS)), ids=lambda n: f"{n} {BUGS[n].name}")
 def test_the_fast_tests_catch(number, tmp_path, run_tests):
     bug = BUGS[number]
-    plant(bug, copy_of_the_project(tmp_path))
+    plant(bug, copy_project(tmp_path))
     tests = [ROOT / "tests" / name for name in TESTS[bug.file]]
     found = run_tests(tmp_path, tests, "-x")
     assert found, f"no test of {' and '.join(TESTS[bug.file])} sees this bug in {bug.file}"
@@ -102,7 +105,7 @@ def test_the_fast_tests_catch(number, tmp_path, run_tests):
 
 def test_without_a_bug_nothing_fails(tmp_path, run_tests):
     names = sorted({name for names in TESTS.values() for name in names})
-    assert run_tests(copy_of_the_project(tmp_path), [ROOT / "tests" / name for name in names]) == []
+    assert run_tests(copy_project(tmp_path), [ROOT / "tests" / name for name in names]) == []
 
 
 def test_bugs_are_different_and_complete():
@@ -110,3 +113,5 @@ def test_bugs_are_different_and_complete():
     assert len({(bug.file, bug.old, bug.new) for bug in BUGS}) == len(BUGS)
     for bug in BUGS:
         assert all(bug._replace(new="x")) and bug.old != bug.new
+        text = (ROOT / bug.file).read_text(encoding="utf-8").replace(bug.old, bug.new)
+        compile(text, bug.name, "exec")  # it runs: the program with the bug is one

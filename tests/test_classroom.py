@@ -11,8 +11,8 @@ import pytest
 
 import start
 from bugs import BUGS, plant
-from start import EXERCISES
-from test_bugs import ROOT, copy_of_the_project, run_tests  # noqa: F401 (a fixture)
+from start import EXERCISES, ROOT, copy_project
+from test_bugs import TESTS, python_files, run_tests  # noqa: F401 (a fixture)
 
 NUMBERS = range(1, len(EXERCISES) + 1)
 
@@ -30,10 +30,6 @@ def without(source, lines):
     source, lines = "\n".join(source), "\n".join(lines)
     assert source.count(lines) == 1
     return source.replace(lines, "").split('if __name__ == "__main__":')[0].rstrip()
-
-
-def python_files(folder):
-    return {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
 
 
 def differing(folder):
@@ -94,7 +90,7 @@ def test_only_the_function_is_taken_from_what_is_handed_in(tmp_path, capsys):
         encoding="utf-8"), "the tests are ours, not what was handed in"
 
 
-@pytest.mark.parametrize("number", [0, 50, len(BUGS) - 1])
+@pytest.mark.parametrize("number", [0, 40, 50, len(BUGS) - 1])  # 40: a file of engine/
 def test_a_bug_is_planted_and_not_named(number, tmp_path, capsys):
     start.main([str(tmp_path / "hunt"), "--bug", str(number)])
     bug = BUGS[number]
@@ -102,8 +98,9 @@ def test_a_bug_is_planted_and_not_named(number, tmp_path, capsys):
     assert name == bug.file
     assert python_files(tmp_path / "hunt")[name] == (ROOT / name).read_text(
         encoding="utf-8").replace(bug.old, bug.new)
-    assert {path.name for path in (tmp_path / "hunt").iterdir()} == {
-        *python_files(ROOT), "pytest.ini", "test_hunt.py"}, "no test that would name it"
+    found = {path.relative_to(tmp_path / "hunt").as_posix()
+             for path in (tmp_path / "hunt").rglob("*") if path.is_file()}
+    assert found == {*python_files(ROOT), "pytest.ini", "test_hunt.py"}, "no test that names it"
     said = capsys.readouterr().out
     assert name not in said and not any(bug.name in said for bug in BUGS)
 
@@ -174,7 +171,7 @@ BUGS_OF_EXERCISES = [(number, bug) for number in NUMBERS for bug in BUGS
 @pytest.mark.bugs
 @pytest.mark.parametrize("number, bug", BUGS_OF_EXERCISES, ids=lambda x: getattr(x, "name", x))
 def test_a_students_bug_is_named(number, bug, tmp_path, run_tests):
-    plant(bug, copy_of_the_project(tmp_path))
+    plant(bug, copy_project(tmp_path))
     shutil.copyfile(ROOT / "exercises" / "test_exercises.py", tmp_path / "test_exercises.py")
     found = run_tests(tmp_path, [tmp_path / "test_exercises.py"])
     assert groups(found) == {number}, f"exercise {number} has {bug.name}: {found}"
@@ -189,6 +186,9 @@ def test_the_readme_counts_and_names_them_right():
     of_notebook = sum("(notebook)" in bug.name for bug in BUGS)
     front = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"**{len(BUGS)} realistic bugs" in front and f"{of_notebook} of the notebook's" in front
+    referee = re.search(r"pytest -o pythonpath=hunt tests/test_\{([a-z,]+)\}\.py", readme)[1]
+    assert {f"test_{name}.py" for name in referee.split(",")} == {
+        name for names in TESTS.values() for name in names}
     number = int(re.search(r"`--bug (\d+)`", readme)[1])
     assert BUGS[number].name == "the score is paid at every token (notebook)"
     for number, (file, name, _) in enumerate(EXERCISES, 1):

@@ -1,5 +1,6 @@
 """The paper's figures: what they compute, by pencil and by brute force; slow: what they show."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -9,8 +10,9 @@ import statistics
 import pytest
 import torch
 
-import figures
 import toy
+from engine.report import BLACK, BLUE, GREEN, Panel, draw_lines
+from figures import make as figures
 
 Figure = pytest.importorskip("matplotlib.figure").Figure
 torch.set_num_threads(1)
@@ -68,7 +70,8 @@ def test_best_of_n_is_the_mean_over_all_subsets():
 def drawn(rows, x, keys):
     """What stands on an axis: {label: (x, y, half of the interval)}."""
     axis = Figure().subplots()
-    figures.draw_lines(axis, rows, x, keys)
+    names = [*keys, *(row["line"] for row in rows if "line" in row)]
+    draw_lines(axis, Panel(rows, x, keys, dict.fromkeys(names, BLACK), {}))
     return {bar.get_label(): (*(list(data) for data in bar[0].get_data()),
                               [(top - bottom) / 2 for (_, bottom), (_, top)
                                in bar[2][0].get_segments()])
@@ -116,6 +119,34 @@ def test_a_rate_over_nothing_and_a_stage_without_rows_are_not_drawn():
     assert drawn(rows, "step", ["true_quality"])["true quality"][:2] == ([2], [0.5])
 
 
+def test_the_caller_says_which_colour_and_lines_of_one_colour_differ():
+    rows = [{"n": n, "line": line, "true": n, "predicted": n} for n in (1, 2) for line in "ab"]
+
+    def shown(keys, colors):
+        axis = Figure().subplots()
+        draw_lines(axis, Panel(rows, "n", keys, colors, {}))
+        return {bar.get_label(): (bar[0].get_color(), bar[0].get_linestyle())
+                for bar in axis.containers}
+
+    # several keys: the key decides; one: the line does
+    assert shown(["predicted", "true"], {"predicted": BLUE, "true": GREEN}) == {
+        "predicted, a": (BLUE, "-"), "true, a": (GREEN, "-"),
+        "predicted, b": (BLUE, "--"), "true, b": (GREEN, "--")}
+    assert shown(["true"], {"a": BLUE, "b": GREEN}) == {"a": (BLUE, "-"), "b": (GREEN, "-")}
+    with pytest.raises(KeyError, match="b"):  # none is guessed
+        shown(["true"], {"a": BLUE})
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_the_pictures_in_the_folder_can_be_drawn_again_from_their_numbers(name, tmp_path):
+    """Each line has a colour, and what is drawn is what was written."""
+    _, title, panels = figures.FIGURES[name]
+    rows = json.loads((figures.HERE / f"{name}.json").read_text(encoding="utf-8"))
+    figures.write_figure(tmp_path / name, rows, title, panels)
+    assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) == rows
+
+
 # ---------------------------------------------------------------------------- the tiny world
 
 
@@ -134,10 +165,10 @@ def world():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_the_critic_can_be_another_one_than_a_copy_of_the_reward_model(world, shared):
-    model, made = figures.reward.RewardModel(world.sft(16)), []
+    model, made = figures.RewardModel(world.sft(16)), []
 
     def critic(policy):
-        made.append(figures.reward.RewardModel(policy))
+        made.append(figures.RewardModel(policy))
         if shared:
             made[0].trunk = policy.base_model
         return made[0]
@@ -146,10 +177,26 @@ def test_the_critic_can_be_another_one_than_a_copy_of_the_reward_model(world, sh
     policy, trained, log = world.ppo(16, model, critic, **small)
     assert trained is made[0] and len(log) == 1
     assert (trained.trunk is policy.base_model) == shared
-    assert not any(p.grad is not None for p in model.parameters()), "the reward model is not trained"
+    assert all(p.grad is None for p in model.parameters()), "the reward model is not trained"
     _, default, _ = world.ppo(16, model, **small)
     head = default.head.weight - model.head.weight
     assert default is not model and head.abs().max() < 1e-2, "one step from the reward model"
+
+
+def test_a_point_of_fig_5_does_not_depend_on_the_order_of_the_rows(world, monkeypatch):
+    model, points, rollout = figures.RewardModel(world.sft(16)), [], figures.ppo.rollout
+    figures.measure_policy(world, model, points, 0.0, world.sft(64), 0)
+
+    def turned_round(*inputs):
+        (batch,) = rollout(*inputs)
+        assert batch.post.tolist() == list(range(len(world.held_out)))
+        return [dataclasses.replace(batch, **{name: x.flip(0) for name, x in vars(batch).items()})]
+
+    monkeypatch.setattr(figures.ppo, "rollout", turned_round)
+    figures.measure_policy(world, model, points, 0.0, world.sft(64), 0)
+    figures.measure_policy(world, model, points, 0.0, world.sft(64), 1)  # no point of the figure
+    assert len(points) == 2 and points[0] == pytest.approx(points[1])
+    assert points[0]["kl_per_summary"] == pytest.approx(0, abs=1e-4)  # it is the SFT model
 
 
 def test_a_name_that_is_no_figure_and_a_missing_matplotlib_are_one_line(

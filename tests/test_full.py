@@ -1,7 +1,8 @@
-"""Full mode: models and data as they are on the hub, built here with random weights, and no network.
+"""Full mode: models and data as they are on the hub, built here with random weights, no network.
 
-Each trap of the real repositories (a model without a tokenizer, a data set with a script, news among
-the posts, a judge that thinks aloud, half a download) is a small folder or an exception made here.
+Each trap of the real repositories (a model without a tokenizer, a data set with a script, news
+among the posts, a judge that thinks aloud, half a download) is a small folder or an exception made
+here.
 """
 
 import copy
@@ -9,6 +10,7 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -26,13 +28,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTJCo
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from transformers.pytorch_utils import Conv1D
 
-import figures
 import judge
 import lm
 import ppo
 import rlhf_minimal
-import run
+from engine import models as models_file
+from engine import report as report_file
+from engine.adapters import GradientCheckpointingLayer, add_adapter, checkpoint_activations
+from engine.adapters import trainable
+from engine.batches import generator_for
+from engine.folder import Run, describe
+from engine.models import load_language_model, shrink
+from engine.settings import PRESETS, SettingError
 from reward import RewardModel
+from sft import SFTConfig
 from tldr import load_comparisons, load_posts
 
 torch.set_num_threads(1)
@@ -42,7 +51,7 @@ VOCABULARY = 320  # rows of the models, more than the tokenizer's 284 tokens, as
 
 
 def new_run(folder):
-    return run.Run(folder, {"seed": 0, "files": {}, "environment": {}})
+    return Run(folder, {"seed": 0, "files": {}, "environment": {}})
 
 
 def make(name, seed=3):
@@ -51,7 +60,7 @@ def make(name, seed=3):
 
 
 def settings(**changes):
-    defaults = {key: value for config in rlhf_minimal.CONFIGS for key, value in vars(config()).items()}
+    defaults = vars(rlhf_minimal.parse_settings([]))
     return SimpleNamespace(**{**defaults, "ppo_episodes": 16, "ppo_batch_size": 8, "ppo_lr": 2e-2,
                               "ppo_epochs": 2, "response_length": 5, **changes})
 
@@ -69,7 +78,7 @@ def test_adapters_are_on_every_matrix_but_the_one_that_makes_the_logits(name):
     matrices = {key: module.weight.shape for key, module in plain.named_modules()
                 if isinstance(module, (torch.nn.Linear, Conv1D))
                 and module is not plain.get_output_embeddings()}
-    network = lm.add_adapter(make(name), 3)
+    network = add_adapter(make(name), 3)
     config = network.peft_config["default"]
     assert (config.r, config.lora_alpha) == (3, 6), "what an adapter adds is scaled by 2"
     adapters = {key.removeprefix("base_model.model.") for key, module in network.named_modules()
@@ -91,20 +100,21 @@ def test_ppo_with_adapters(name, checkpoint, tmp_path, monkeypatch):
     seen = []
 
     def rollout(network, reference, reward_model, critic, *rest):
-        batch = ppo_rollout(network, reference, reward_model, critic, *rest)
-        ids, mask, width = batch["input_ids"], batch["attention_mask"], batch["mask"].shape[1]
-        real = batch["mask"]
+        (part,) = batch = ppo_rollout(network, reference, reward_model, critic, *rest)
+        ids, mask, width = part.text
+        real = part.mask
         with torch.no_grad():
             oracle = lm.response_log_probs(sft, ids, mask, width)[real]
             scores = as_trained.score(ids, mask)
-        assert torch.allclose(batch["ref_log_probs"][real], oracle, atol=1e-5), "reference moved"
-        ended = batch["ended"]
-        assert torch.allclose(batch["scores"][ended], scores[ended], atol=1e-5), "reward moved"
-        seen.append((batch["log_probs"][real] - oracle).abs().max().item())
+        assert torch.allclose(part.ref_log_probs[real], oracle, atol=1e-5), "reference moved"
+        assert part.ended.any(), "nothing to compare"
+        assert torch.allclose(part.scores[part.ended], scores[part.ended], atol=1e-5), (
+            "reward moved")
+        seen.append((part.log_probs[real] - oracle).abs().max().item())
         if len(seen) == 1:
             with torch.no_grad():
                 values = ppo.response_values(as_trained, ids, mask, width)[real]
-            assert torch.allclose(batch["values"][real], values, atol=1e-5), "critic starts as r"
+            assert torch.allclose(part.values[real], values, atol=1e-5), "critic starts as r"
         return batch
 
     ppo_rollout = ppo.rollout
@@ -114,16 +124,19 @@ def test_ppo_with_adapters(name, checkpoint, tmp_path, monkeypatch):
                            settings(lora_rank=2, checkpoint_activations=checkpoint))
     assert seen[0] < 1e-5 < 1e-3 < seen[-1], "ratio 1 at the start, and a policy that then moves"
 
-    assert critic.trunk is reward_model.trunk and critic.head is not reward_model.head
+    assert reward_model.trunk.model is critic.trunk, "one set of frozen weights"
+    assert critic.head is not reward_model.head
     head = as_trained.head.state_dict()
-    assert all(torch.equal(head[key], value) for key, value in reward_model.head.state_dict().items())
+    assert all(torch.equal(head[key], value)
+               for key, value in reward_model.head.state_dict().items())
     assert not torch.equal(critic.head.weight, reward_model.head.weight)
     assert not any(weight.requires_grad for weight in reward_model.head.parameters())
     frozen = {key.replace(".base_layer", ""): value
               for key, value in critic.trunk.get_base_model().state_dict().items()
               if "lora_" not in key}
     assert frozen.keys() == as_trained.trunk.state_dict().keys()
-    assert all(torch.equal(value, frozen[key]) for key, value in as_trained.trunk.state_dict().items())
+    assert all(torch.equal(value, frozen[key])
+               for key, value in as_trained.trunk.state_dict().items())
 
     # merged and loaded again: no trace of an adapter, the same numbers
     ids, mask, _ = lm.join(QUERIES, [[1, 9], [9], [4, 4, 9], [6]], 9)
@@ -139,7 +152,8 @@ def test_ppo_with_adapters(name, checkpoint, tmp_path, monkeypatch):
         assert (logits[0] - logits[2]).abs().max() > 1e-3
         critic.save_pretrained(tmp_path / "critic")
         assert hasattr(critic.trunk, "merge_and_unload"), "what is merged is a copy"
-        assert not any("lora" in key for key in load_file(tmp_path / "critic" / "model.safetensors"))
+        saved = load_file(tmp_path / "critic" / "model.safetensors")
+        assert not any("lora" in key for key in saved)
         values = RewardModel.from_pretrained(tmp_path / "critic")(ids, mask)[real]
         assert torch.allclose(values, critic(ids, mask)[real], atol=1e-5)
         assert (values - as_trained(ids, mask)[real]).abs().max() > 1e-3
@@ -152,20 +166,20 @@ def test_checkpointed_activations_change_no_value_and_no_gradient(name, lora_ran
     found = []
     for checkpoint in (False, True):
         model = make(name)
-        network = lm.add_adapter(model, lora_rank) if lora_rank else model
+        network = add_adapter(model, lora_rank) if lora_rank else model
         for key, weight in network.named_parameters():
             if "lora_B" in key:  # zero at the start, when A has no gradient
-                torch.nn.init.normal_(weight, std=0.1, generator=lm.generator_for(0, key))
+                torch.nn.init.normal_(weight, std=0.1, generator=generator_for(0, key))
             if "lora_A" in key:
-                torch.nn.init.normal_(weight, std=0.1, generator=lm.generator_for(1, key))
+                torch.nn.init.normal_(weight, std=0.1, generator=generator_for(1, key))
         network.double()
         if checkpoint:
-            lm.checkpoint_activations(model)
+            checkpoint_activations(model)
         runs = []
-        layers = [m for m in model.modules() if isinstance(m, lm.GradientCheckpointingLayer)]
+        layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         next(layers[0].children()).register_forward_hook(lambda *_: runs.append(layers[0].training))
-        before = lm.sample(model, ids[:, :width], mask[:, :width], 3, eos_token_id=9, pad_token_id=9,
-                           temperature=0)
+        before = lm.sample(model, ids[:, :width], mask[:, :width], 3, eos_token_id=9,
+                           pad_token_id=9, temperature=0)
         n_sampling = len(runs)
         loss = lm.masked_mean(lm.response_log_probs(network, ids, mask, ids.shape[1] - width),
                               mask[:, width:])
@@ -174,7 +188,7 @@ def test_checkpointed_activations_change_no_value_and_no_gradient(name, lora_ran
         assert n_sampling == before.shape[1] and n_forward == n_sampling + 1
         assert not any(runs[:n_sampling]), "sampling would lose its cache"
         assert len(runs) - n_forward == checkpoint, "computed again in the backward pass, or not"
-        found.append((before, loss, torch.cat([p.grad.flatten() for p in lm.trainable(network)])))
+        found.append((before, loss, torch.cat([p.grad.flatten() for p in trainable(network)])))
     (samples, loss, gradient), (samples2, loss2, gradient2) = found
     assert torch.equal(samples, samples2)
     assert loss.item() == pytest.approx(loss2.item(), rel=1e-10)
@@ -190,7 +204,7 @@ def test_checkpointed_activations_change_no_value_and_no_gradient(name, lora_ran
     LlamaConfig(vocab_size=123, num_key_value_heads=8), Qwen2Config(vocab_size=123)],
     ids=lambda config: config.model_type)
 def test_a_shrunken_model_keeps_its_architecture_and_vocabulary(config):
-    small = lm.shrink(config)
+    small = shrink(config)
     assert type(small) is type(config) and small.vocab_size == 123
     assert (small.hidden_size, small.num_hidden_layers, small.num_attention_heads) == (64, 2, 4)
     for key, size in (("rotary_dim", 8), ("num_key_value_heads", 2), ("intermediate_size", 128),
@@ -210,8 +224,9 @@ def make_tokenizer(folder, chat_template=None, **tokens):
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", *tokens.values()]
     tokenizer.train_from_iterator(["SUBREDDIT: r/ TITLE: POST: TL;DR: my dog ate A B A B"] * 5,
-                                  trainers.BpeTrainer(vocab_size=284, special_tokens=special,
-                                                      initial_alphabet=alphabet, show_progress=False))
+                                  trainers.BpeTrainer(
+                                      vocab_size=284, special_tokens=special,
+                                      initial_alphabet=alphabet, show_progress=False))
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer,
                                    **{"eos_token": "<|endoftext|>", **tokens})
     fast.chat_template = chat_template
@@ -284,8 +299,8 @@ def test_a_model_without_a_tokenizer(name, tmp_path, hub):
     make(name).save_pretrained(tmp_path / "model")
     if name == "gptj":
         assert AutoTokenizer.from_pretrained(tmp_path / "model")("a summary")["input_ids"] == []
-    with pytest.raises(run.SettingError, match=r"/model.* its base model with --tokenizer") as stop:
-        lm.load_language_model(str(tmp_path / "model"))
+    with pytest.raises(SettingError, match=r"/model.* its base model with --tokenizer") as stop:
+        load_language_model(str(tmp_path / "model"))
     assert "\n" not in str(stop.value)
 
 
@@ -300,12 +315,12 @@ def test_a_tokenizer_of_nothing_but_bos(tmp_path):
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     assert AutoTokenizer.from_pretrained(tmp_path)("abc")["input_ids"] == [0]
-    with pytest.raises(run.SettingError, match="no usable tokenizer"):
-        lm.load_language_model(str(tmp_path))
+    with pytest.raises(SettingError, match="no usable tokenizer"):
+        load_language_model(str(tmp_path))
 
 
 def test_a_model_with_the_tokenizer_of_its_base_model(hub):
-    tokenizer, model = lm.load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
+    tokenizer, model = load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0 and not model.training
     # pad = eos: the EOS that ends a summary is an action, and the padding behind it is not
     queries, responses = rlhf_minimal.encode(
@@ -313,7 +328,8 @@ def test_a_model_with_the_tokenizer_of_its_base_model(hub):
     assert responses[0][-1] == responses[1][-1] == 0
     ids, mask, width = lm.join(queries, responses, tokenizer.pad_token_id)
     assert mask[:, width:].sum(1).tolist() == [len(responses[0]), len(responses[1])]
-    assert lm.get_response_mask(ids[:, width:], 0).sum(1).tolist() == mask[:, width:].sum(1).tolist()
+    assert (lm.get_response_mask(ids[:, width:], 0).sum(1).tolist()
+            == mask[:, width:].sum(1).tolist())
 
 
 def prefer(model, token):
@@ -323,7 +339,7 @@ def prefer(model, token):
 
 
 def test_rows_of_logits_without_a_token_decode_to_nothing(hub):
-    tokenizer, model = lm.load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
+    tokenizer, model = load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
     prefer(model, VOCABULARY - 1)
     assert tokenizer.convert_ids_to_tokens(VOCABULARY - 1) is None
     (ids,) = lm.sample_responses(model, tokenizer, [[5, 6]], 3, 1.0)
@@ -336,20 +352,21 @@ def test_rows_of_logits_without_a_token_decode_to_nothing(hub):
 
 def test_a_tokenizer_of_another_model(tmp_path, hub):
     make("gptj").save_pretrained(tmp_path / "small")  # 12 rows, for a tokenizer of 284
-    with pytest.raises(run.SettingError, match="284 tokens, but .*small knows 12.*another model"):
-        lm.load_language_model(str(tmp_path / "small"), tokenizer=str(hub / "gpt-j-6B"))
+    with pytest.raises(SettingError, match="284 tokens, but .*small knows 12.*another model"):
+        load_language_model(str(tmp_path / "small"), tokenizer=str(hub / "gpt-j-6B"))
 
 
-@pytest.mark.parametrize("generation_config", [None, {"_from_model_config": True, "bos_token_id": 0},
-                                               {"temperature": 0.1, "top_k": 1, "eos_token_id": 9,
-                                                "repetition_penalty": 5.0, "do_sample": True}])
+@pytest.mark.parametrize("generation_config", [
+    None, {"_from_model_config": True, "bos_token_id": 0},
+    {"temperature": 0.1, "top_k": 1, "eos_token_id": 9, "repetition_penalty": 5.0,
+     "do_sample": True}])
 def test_eos_is_the_tokenizers_whatever_generation_config_says(generation_config, tmp_path, hub):
     folder = Path(shutil.copytree(hub / "sft", tmp_path / "sft"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
     if generation_config:
         (folder / "generation_config.json").write_text(json.dumps(generation_config))
-    tokenizer, model = lm.load_language_model(str(folder), tokenizer=str(hub / "gpt-j-6B"))
+    tokenizer, model = load_language_model(str(folder), tokenizer=str(hub / "gpt-j-6B"))
     assert model.generation_config.eos_token_id != tokenizer.eos_token_id, "the trap is not built"
     prefer(model, 0)
     assert lm.sample_responses(model, tokenizer, [[5, 6], [7]], 4, 1.0) == [[0], [0]]
@@ -359,10 +376,11 @@ def test_eos_is_the_tokenizers_whatever_generation_config_says(generation_config
 
 
 def test_the_cache_is_used_where_the_config_says_no(hub):
-    tokenizer, model = lm.load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
+    tokenizer, model = load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
     assert model.config.use_cache is False, "the trap is not built"
     widths = []
-    model.base_model.wte.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
+    model.base_model.wte.register_forward_hook(
+        lambda _, inputs, __: widths.append(inputs[0].shape[1]))
     model.register_forward_pre_hook(lambda _, __, kwargs: asked.append(
         (kwargs["use_cache"], kwargs[lm.CACHE].get_seq_length()) if kwargs else None),
         with_kwargs=True)
@@ -386,7 +404,7 @@ def test_a_checkpoint_comes_in_the_type_asked_for(kind, stored, asked, small, tm
         shutil.rmtree(tmp_path / "model")
         model.save_pretrained(tmp_path / "model")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] in str(stored)
-    _, loaded = lm.load_language_model(str(tmp_path / "model"), dtype=asked, small=small,
+    _, loaded = load_language_model(str(tmp_path / "model"), dtype=asked, small=small,
                                        tokenizer=str(hub / "gpt-j-6B"))
     assert {p.dtype for p in loaded.parameters()} == {asked}
     if not small:
@@ -396,8 +414,9 @@ def test_a_checkpoint_comes_in_the_type_asked_for(kind, stored, asked, small, tm
     assert reward_model.score(torch.tensor([[5, 6]]), torch.ones(1, 2)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("newlines, frame", [(1, "SUBREDDIT: r/pets\nTITLE: Rex\nPOST: my dog\nTL;DR:"),
-                                             (2, "SUBREDDIT: r/pets\n\nTITLE: Rex\n\nPOST: my dog\n\nTL;DR:")])
+@pytest.mark.parametrize("newlines, frame", [
+    (1, "SUBREDDIT: r/pets\nTITLE: Rex\nPOST: my dog\nTL;DR:"),
+    (2, "SUBREDDIT: r/pets\n\nTITLE: Rex\n\nPOST: my dog\n\nTL;DR:")])
 def test_prompt_and_summary_as_the_model_was_trained(newlines, frame, hub):
     """No blank at the prompt's end, one in front of the summary: that of "TL;DR: {summary}"."""
     tokenizer = AutoTokenizer.from_pretrained(hub / "gpt-j-6B")
@@ -442,15 +461,15 @@ AXIS = datasets.Features({
     "info": COMPARISONS["info"], "summary": {"text": TEXT, "policy": TEXT, "note": TEXT},
     "worker": TEXT, "batch": TEXT, "split": TEXT})
 POSTS = datasets.Features({key: TEXT for key in ("id", "subreddit", "title", "post", "summary")})
-OPENAI, VWXYZJN = rlhf_minimal.PRESETS["full"]["comparisons"], rlhf_minimal.PRESETS["full"]["posts"]
+OPENAI, VWXYZJN = PRESETS["full"]["comparisons"], PRESETS["full"]["posts"]
 
 
 def post_of(name):
     return f"My dog {name} ate the cat's food.\n\nShould I tell {name} off? " + "It sat. " * 5
 
 
-def compared(name, choice=0, split="train", batch="batch3", texts=(" the dog ate", " ate it all up"),
-             **info):
+def compared(name, choice=0, split="train", batch="batch3",
+             texts=(" the dog ate", " ate it all up"), **info):
     info = {"id": f"t3_{name}", "post": post_of(name), "title": f"TIFU {name}", "subreddit": "pets",
             "site": None, "article": None, **info}
     summaries = [{"text": text, "policy": policy, "note": None}
@@ -460,21 +479,23 @@ def compared(name, choice=0, split="train", batch="batch3", texts=(" the dog ate
 
 
 def news(batch, split):
-    return compared("news", split=split, batch=batch, post=None, title=None, subreddit=None, id=None,
-                    article="A dog has eaten.", site="cnndm")
+    return compared("news", split=split, batch=batch, post=None, title=None, subreddit=None,
+                    id=None, article="A dog has eaten.", site="cnndm")
 
 
 def write_parquet(folder):
     """The parquet branch of openai/summarize_from_feedback, and the splits of vwxyzjn's posts."""
     train = [compared("P0"), compared("P0", 1), compared("P1", 1, subreddit=None, id=None),
              compared("shared"), compared("P2", texts=(" same", " same")),
-             *(compared(f"P{i}", i % 2, texts=(f" dog {i} ate", " it sat there")) for i in range(3, 27))]
+             *(compared(f"P{i}", i % 2, texts=(f" dog {i} ate", " it sat there"))
+               for i in range(3, 27))]
     validation = [compared("V0", 1, "valid1"), compared("shared", 0, "valid2"),
-                  news("batch0_cnndm", "valid2"), news("cnndm0", "valid1"), news("cnndm2", "valid2"),
+                  news("batch0_cnndm", "valid2"), news("cnndm0", "valid1"),
+                  news("cnndm2", "valid2"),
                   compared("V1", 0, "valid2", "edit_b2_eval_test"),
                   *(compared(f"V{i}", i % 2, "valid2") for i in range(2, 9))]
-    axis = [{"info": compared("A")["info"], "summary": {"text": " dog", "policy": "p", "note": None},
-             "worker": "w", "batch": "b", "split": "test"}]
+    axis = [{"info": compared("A")["info"], "worker": "w", "batch": "b", "split": "test",
+             "summary": {"text": " dog", "policy": "p", "note": None}}]
     for features, parts in ((COMPARISONS, {"comparisons/train": train,
                                            "comparisons/validation": validation}),
                             (AXIS, {"axis/test": axis, "axis/validation": axis})):
@@ -518,7 +539,8 @@ def test_comparisons_of_the_hub(served, capsys):
     assert served == [(OPENAI, {"data_dir": "comparisons", "revision": "refs/convert/parquet"})]
     assert capsys.readouterr().out == (f"{OPENAI}: 28 of 42 rows used; left out: 1 identical "
                                        "summaries, 10 in another split, 3 CNN/DM articles\n")
-    assert train[0]["post"] == {"subreddit": "pets", "title": "TIFU P0", "post": post_of("P0").strip()}
+    assert train[0]["post"] == {"subreddit": "pets", "title": "TIFU P0",
+                                "post": post_of("P0").strip()}
     assert (train[0]["chosen"], train[0]["rejected"]) == ("the dog ate", "ate it all up")
     assert (train[1]["chosen"], train[1]["policies"]) == ("ate it all up", ["ref", "sup1"])
     assert train[2]["post"]["subreddit"] == ""
@@ -540,7 +562,8 @@ def test_posts_of_the_hub(served, capsys):
 def test_no_post_on_both_sides(local, served, hub, capsys):
     sources = OPENAI, VWXYZJN
     if local:  # the same folders, downloaded
-        sources = [str(hub / OPENAI.split("/")[1] / "comparisons"), str(hub / VWXYZJN.split("/")[1])]
+        sources = [str(hub / OPENAI.split("/")[1] / "comparisons"),
+                   str(hub / VWXYZJN.split("/")[1])]
     posts, held_out, pairs, pairs_held_out = rlhf_minimal.load_data(
         settings(comparisons=sources[0], posts=sources[1]))
     sides = [{row["post"] for row in posts} | {row["post"]["post"] for row in pairs},
@@ -568,18 +591,19 @@ def test_a_reward_model_with_merged_adapters(name, hub, tmp_path):
                     reward_model=None)
     posts = [{"post": post_of(i), "summary": "dog " * i} for i in range(1, 6)]
     pairs = [([5, 6, 7], [8, i + 9, 0], [7, 0]) for i in range(16)]
-    trained = rlhf_minimal.make_reward_model(new_run(tmp_path / "run"), some, posts, pairs, tokenizer,
-                                             sft, None)
+    trained = rlhf_minimal.make_reward_model(new_run(tmp_path / "run"), some, posts, pairs,
+                                             tokenizer, sft, None)
     assert all(torch.equal(before[key], value) for key, value in sft.state_dict().items())
     assert trained.trunk.state_dict().keys() == sft.base_model.state_dict().keys(), "not merged"
-    assert any(not torch.equal(trained.trunk.state_dict()[key], value)
-               for key, value in sft.base_model.state_dict().items()), "the adapters learned nothing"
-    sides = [torch.tensor([[*query, *summary] for query, *both in pairs for summary in both[side:][:1]])
-             for side in (0, 1)]
+    assert any(not torch.equal(trained.trunk.state_dict()[key], value) for key, value
+               in sft.base_model.state_dict().items()), "the adapters learned nothing"
+    sides = [torch.tensor([[*query, *summary] for query, *both in pairs
+                           for summary in both[side:][:1]]) for side in (0, 1)]
     with torch.no_grad():
         chosen, rejected = (trained.score(ids, torch.ones_like(ids)) for ids in sides)
     assert (chosen > rejected).all()
-    rewards = rlhf_minimal.score(trained, posts, [post["summary"] for post in posts], tokenizer, some)
+    rewards = rlhf_minimal.score(tokenizer, some, trained, posts,
+                                 [post["summary"] for post in posts])
     assert abs(sum(rewards) / 5) < 1e-5 < abs(trained.reference_mean)
     loaded = RewardModel.from_pretrained(tmp_path / "run" / "reward_model")
     with torch.no_grad():
@@ -633,18 +657,19 @@ def test_judges_that_think(template, accepted, hub, tmp_path):
 
 
 def test_judge_the_judge(tmp_path):
-    rows = [{"post": {"post": "p"}, "chosen": chosen, "rejected": rejected} for chosen, rejected in (
-        ("a longer one", "short"), ("longer", "ok"), ("short", "a longer one"), ("same", "size"))]
+    rows = [{"post": {"post": "p"}, "chosen": chosen, "rejected": rejected}
+            for chosen, rejected in (("a longer one", "short"), ("longer", "ok"),
+                                     ("short", "a longer one"), ("same", "size"))]
     longest = judge.load_judge("longest")
-    found = figures.judge_the_judge(new_run(tmp_path / "run"), lambda *sides: figures.judged(
-        None, longest, "longest", *sides), rows)["judge_agreement"]
+    ask = partial(judge.judged, new_run(tmp_path / "run"), longest, "longest")
+    found = judge.judge_the_judge(ask, rows)["judge_agreement"]
     assert (found["win_rate"], found["n"], found["judge"]) == (0.625, 4, "longest")  # 2 + 1/2 of 4
 
 
 def test_the_report_says_what_its_judge_is_worth():
-    line = figures.agreement({
+    line = report_file.agreement_line(judge.agreements({
         "judge_agreement": {"judge": "me/judge", "win_rate": 60 / 90, "n": 90},
-        "reward_accuracy": 0.5, "reward_accuracy_longest_wins": 1.0, "reward_accuracy_n": 100})
+        "reward_accuracy": 0.5, "reward_accuracy_longest_wins": 1.0, "reward_accuracy_n": 100}))
     # Wilson at 1 of 1: n / (n + z^2); at one half: 1/2 +- 1/2 / sqrt(1 + n / z^2)
     assert line == ("the judge me/judge 0.667 (0.564 - 0.755, n = 90); "
                     "the reward model 0.500 (0.404 - 0.596, n = 100); "
@@ -663,14 +688,16 @@ def caused(error, cause):
     return error
 
 
-CUT = "its download is damaged or was cut short: delete "
+CUT = "it is damaged or was cut short: if it is a download, delete "
+OTHERWISE = ("check the name and the network, log in if it is private (hf auth login), or pass a "
+             "local folder or file that has all of it")
 # What the libraries raise, word for word where it matters; {id} stands for the repository
 FAULTS = {
     "no network": (OSError(
-        "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in"
-        " the cached files.\nCheck your internet connection or see how to run the library in offline "
-        "mode at 'https://huggingface.co/docs/transformers/installation#offline-mode'."),
-        "check the network, or pass a local folder"),
+        "We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them "
+        "in the cached files.\nCheck your internet connection or see how to run the library in "
+        "offline mode at 'https://huggingface.co/docs/transformers/installation#offline-mode'."),
+        OTHERWISE),
     "gated": (OSError(
         "You are trying to access a gated repo.\nMake sure to have access to it at "
         "https://huggingface.co/{id}.\n401 Client Error. (Request ID: Root=1-404)"),
@@ -678,20 +705,21 @@ FAULTS = {
     "missing": (OSError(
         "{id} is not a local folder and is not a valid model identifier listed on 'https://"
         "huggingface.co/models'\nIf this is a private repository, make sure to pass a token"),
-        "no such repository, or a private one: check the id, or log in"),
+        OTHERWISE),
     "cut": (RemoteProtocolError("peer closed connection without sending complete message body "
                                 "(received 404 bytes, expected 9940000000)"), CUT),
     "size": (OSError("Consistency check failed: file should be of size 404 but has size 401"),
              CUT),
     "corrupt pickle": (UnpicklingError(
-        "Weights only load failed. In PyTorch 2.6, we changed the default value of the `weights_only`"
-        " argument in `torch.load` from `False` to `True`. Re-running `torch.load` with "
-        "`weights_only` set to `False` will likely succeed"), CUT),
+        "Weights only load failed. In PyTorch 2.6, we changed the default value of the "
+        "`weights_only` argument in `torch.load` from `False` to `True`. Re-running `torch.load` "
+        "with `weights_only` set to `False` will likely succeed"), CUT),
     "corrupt pickle, too": (RuntimeError("mmap can only be used with files saved with `torch.save("
-                                         "x, _use_new_zipfile_serialization=True)"), "delete "),
+                                         "x, _use_new_zipfile_serialization=True)"), CUT),
     "corrupt safetensors": (SafetensorError(
         "Error while deserializing header: header too large"), CUT),
-    "disk full": (OSError(28, "No space left on device"), "set HF_HOME to a folder on a larger disk"),
+    "disk full": (OSError(28, "No space left on device"),
+                  "set HF_HOME to a folder on a larger disk"),
     "disk full, data": (caused(datasets.exceptions.DatasetGenerationError(
         "An error occurred while generating the dataset"), OSError(28, "No space left on device")),
         "set HF_HOME to a folder on a larger disk"),
@@ -703,12 +731,16 @@ FAULTS = {
     "missing shard": (OSError(
         "{id} does not appear to have a file named pytorch_model-00002-of-00003.bin. Checkout "
         "'https://huggingface.co/{id}/tree/main' for available files."),
-        "lacks that file: try again with a network, or pass another one"),
+        OTHERWISE),
     "no config": (ValueError("Unrecognized model in {id}. Should have a `model_type` key"),
-                  "lacks that file"),
+                  OTHERWISE),
+    "no tokenizer": (ValueError(
+        "Couldn't instantiate the backend tokenizer from one of: (1) a `tokenizers` library "
+        "serialization file, (2) a slow tokenizer instance to convert"),
+        "name the tokenizer of its base model with --tokenizer"),
     "own code": (ValueError(
-        "The repository {id} contains custom code which must be executed to correctly load the model."
-        " Please pass the argument `trust_remote_code=True` to allow custom code to be run."),
+        "The repository {id} contains custom code which must be executed to correctly load the "
+        "model. Please pass the argument `trust_remote_code=True` to allow custom code to be run."),
         "code of its own, which is never run here"),
 }
 LOADS = {"CarperAI/openai_summarize_tldr_sft": (AutoModelForCausalLM, "from_pretrained"),
@@ -744,11 +776,12 @@ def test_a_fault_of_the_hub_is_one_line(flag, name, fault, hub, tmp_path, monkey
 
     where, function = LOADS[name]
     if flag in ("sft_model", "judge"):  # its config and tokenizer have come
-        for auto, folder in ((lm.AutoTokenizer, hub / "judge"),
+        for auto, folder in ((AutoTokenizer, hub / "judge"),
                              (rlhf_minimal.AutoConfig, hub / "sft")):
             found = auto.from_pretrained
-            monkeypatch.setattr(auto, "from_pretrained", lambda path, found=found, folder=folder, **form:
-                                found(folder if path == name else path, **form))
+            monkeypatch.setattr(
+                auto, "from_pretrained", lambda path, found=found, folder=folder, **form:
+                found(folder if path == name else path, **form))
     real = getattr(where, function)
     monkeypatch.setattr(where, function, fails)
     monkeypatch.setattr(rlhf_minimal, "go_offline_unless_reachable", lambda: None)
@@ -756,18 +789,26 @@ def test_a_fault_of_the_hub_is_one_line(flag, name, fault, hub, tmp_path, monkey
         rlhf_minimal.main(local(hub, tmp_path, **{flag: name}))
     line = stop.value.code
     assert isinstance(line, str) and line.isprintable() and len(line) < 500, line
-    assert name in line and advice.replace("{id}", name) in line, line
+    told = error.__cause__ or error
+    assert f"{name}: not readable, {type(told).__name__}: " in line, line
+    assert advice.replace("{id}", name) in line, line
     if advice.endswith("delete "):
-        assert f"delete {run.HF_HUB_CACHE}/*--{name.replace('/', '--')} and try again" in line
+        cache = f"{models_file.HF_HUB_CACHE}/*--{name.replace('/', '--')}"
+        assert f"delete {cache} and try again" in line
     assert not re.search("weights_only|trust_remote_code|from_tf", line), line
     assert not (tmp_path / "run").exists(), "before any work"
+
+
+def test_every_advice_has_a_fault_that_gets_it():
+    for _, row in models_file.FAULTS:
+        assert any(advice.replace("{id}", "{name}") in row for _, advice in FAULTS.values()), row
 
 
 @pytest.fixture
 def cached(hub, tmp_path, monkeypatch):
     """A cache of the hub that holds me/sft, as a download leaves it, and no network."""
     folder = tmp_path / "cache"
-    for place in (huggingface_hub.constants, run):
+    for place in (huggingface_hub.constants, models_file):
         monkeypatch.setattr(place, "HF_HUB_CACHE", str(folder))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (folder / "models--me--sft" / "refs").mkdir(parents=True)
@@ -776,7 +817,7 @@ def cached(hub, tmp_path, monkeypatch):
 
 
 def load_from_hub(hub, name="me/sft", **settings):
-    return lm.load_language_model(name, tokenizer=str(hub / "gpt-j-6B"), **settings)
+    return load_language_model(name, tokenizer=str(hub / "gpt-j-6B"), **settings)
 
 
 def test_a_model_in_the_cache_needs_no_network(hub, cached):
@@ -792,26 +833,28 @@ def spoil(change):
     return at
 
 
-@pytest.mark.parametrize("damage, advice", [
-    (lambda folder: (folder / SHARD).unlink(), "half a download of it, lacks that file: try again"),
-    (lambda folder: (folder / "config.json").unlink(), "hub can't be reached and the cache hasn't"),
+@pytest.mark.parametrize("damage, said", [
+    (lambda folder: (folder / SHARD).unlink(),
+     f"does not appear to have a file named {SHARD}; {OTHERWISE}"),
+    (lambda folder: (folder / "config.json").unlink(),
+     f"couldn't find them in the cached files; {OTHERWISE}"),
     (spoil(lambda old: old[: len(old) // 2]), "delete {cache}/*--me--sft and try again"),
     (spoil(lambda old: b"\xff" * 8 + old[8:]), "delete {cache}/*--me--sft and try again"),
     (spoil(lambda old: old[:200] + bytes(255 - x for x in old[200:400]) + old[400:]),
      "delete {cache}/*--me--sft and try again"),
     (spoil(lambda old: b""), "delete {cache}/*--me--sft and try again"),
-    (lambda folder: torch.save({"x": lm.SFTConfig()}, folder / SHARD),  # an object: code, perhaps
+    (lambda folder: torch.save({"x": SFTConfig()}, folder / SHARD),  # an object: code, perhaps
      "delete {cache}/*--me--sft and try again"),
     (lambda folder: (folder / "config.json").write_text("<html>log in to this network"),
      "delete {cache}/*--me--sft and try again"),
 ], ids=["shard", "config", "cut", "head", "middle", "empty", "pickle", "portal"])
-def test_a_damaged_cache_as_the_libraries_tell_it(damage, advice, hub, cached):
+def test_a_damaged_cache_as_the_libraries_tell_it(damage, said, hub, cached):
     damage(cached)
-    with pytest.raises(run.SettingError) as stop:
+    with pytest.raises(SettingError) as stop:
         load_from_hub(hub)
     line = str(stop.value)
     assert line.startswith("me/sft: not readable, ") and line.isprintable(), line
-    assert advice.replace("{cache}", run.HF_HUB_CACHE) in line, line
+    assert said.replace("{cache}", models_file.HF_HUB_CACHE) in line, line
     assert not re.search("weights_only|trust_remote_code|from_tf", line), line
 
 
@@ -819,14 +862,14 @@ def test_a_damaged_cache_as_the_libraries_tell_it(damage, advice, hub, cached):
 def test_the_hub_is_asked_once(reachable, monkeypatch):
     def urlopen(url, timeout):
         calls.append(timeout)
-        raise (run.urllib.error.HTTPError(url, 429, "slow down", {}, None) if reachable
+        raise (models_file.urllib.error.HTTPError(url, 429, "slow down", {}, None) if reachable
                else TimeoutError("timed out"))
 
     calls = []
     for place in (huggingface_hub.constants, datasets.config):
         monkeypatch.setattr(place, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(run.urllib.request, "urlopen", urlopen)
-    run.go_offline_unless_reachable()
+    monkeypatch.setattr(models_file.urllib.request, "urlopen", urlopen)
+    models_file.go_offline_unless_reachable()
     assert calls == [10]
     offline = not reachable
     assert huggingface_hub.constants.HF_HUB_OFFLINE is offline is datasets.config.HF_HUB_OFFLINE
@@ -850,14 +893,17 @@ def test_code_that_comes_with_a_model_is_never_run(file, small, hub, tmp_path, m
     (folder / "mine.py").write_text(f"open({str(tmp_path / 'has run')!r}, 'w')\nMine = None\n")
     asked = []
     monkeypatch.setattr("builtins.input", lambda *text: asked.append(text) or "y")
-    with (pytest.raises(run.SettingError, match="code of its own, which is never run here")
+    with (pytest.raises(SettingError, match="code of its own, which is never run here")
           if file == "config.json" else nullcontext()):  # the tokenizer is there without its code
-        lm.load_language_model(str(folder), small=small)
+        load_language_model(str(folder), small=small)
     assert not asked and not (tmp_path / "has run").exists()
 
 
 def test_no_source_file_allows_code_or_pickles():
-    for path in Path(rlhf_minimal.__file__).parent.glob("*.py"):
+    root = Path(rlhf_minimal.__file__).parent
+    paths = [path for room in (".", "engine", "figures") for path in root.glob(f"{room}/*.py")]
+    assert {"rlhf_minimal.py", "models.py", "make.py"} <= {path.name for path in paths}
+    for path in paths:
         assert not re.search(r"trust_remote_code\s*=\s*True|weights_only\s*=\s*False|pickle\.load",
                              path.read_text(encoding="utf-8")), path
 
@@ -912,9 +958,10 @@ def no_network(*_, **__):
 def test_the_full_path(hub, tmp_path, monkeypatch, capsys):
     """The full preset on the real layouts: GPT-J without its tokenizer, adapters, a chat judge."""
     monkeypatch.setattr(rlhf_minimal, "go_offline_unless_reachable", no_network)
-    arguments = [*local(hub, tmp_path, prompt_newlines=1), "--ppo_episodes", "64", "--ppo_batch_size",
-                 "16", "--reward_batch_size", "4", "--response_length", "12", "--best_of_n", "2",
-                 "--judge_every", "2", "--reward_lr", "1e-3", "--ppo_lr", "1e-3"]
+    arguments = [*local(hub, tmp_path, prompt_newlines=1), "--ppo_episodes", "64",
+                 "--ppo_batch_size", "16", "--reward_batch_size", "4", "--response_length", "12",
+                 "--best_of_n", "2", "--judge_every", "2", "--reward_lr", "1e-3", "--ppo_lr",
+                 "1e-3"]
     rlhf_minimal.main(arguments)
     out = capsys.readouterr().out
     assert "memory: about" in out and f"judge {hub / 'judge'}: agrees with" in out
@@ -946,30 +993,31 @@ def test_a_stopped_run_with_adapters_goes_on(hub, tmp_path, monkeypatch):
             self.stopping = True
 
     arguments = [*local(hub, tmp_path), *few]
-    real = run.Run.log
+    real = Run.log
     rlhf_minimal.main(arguments)
-    monkeypatch.setattr(run.Run, "log", log)
+    monkeypatch.setattr(Run, "log", log)
     other = [*local(hub, tmp_path, output_dir=tmp_path / "other"), *few]
     with pytest.raises(SystemExit) as stop:
         rlhf_minimal.main(other)
     assert stop.value.code == 130
-    monkeypatch.setattr(run.Run, "log", real)
+    monkeypatch.setattr(Run, "log", real)
     rlhf_minimal.main([*other, "--resume"])
     for name in ("metrics.jsonl", "samples.jsonl", "policy/model.safetensors",
                  "critic/model.safetensors", "reward_model/model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
+        one, two = ((tmp_path / run / name).read_bytes() for run in ("run", "other"))
+        assert one == two, name
 
 
 @pytest.mark.slow
 def test_fast_dev_run_of_the_full_preset_trains_no_stage_that_is_given(hub, tmp_path, monkeypatch,
                                                                       capsys):
     """Every model and file a local one, the reward model too."""
-    tokenizer, model = lm.load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
+    tokenizer, model = load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
     given = RewardModel(model)
     given.reference_mean.fill_(0.25)
     given.save_pretrained(tmp_path / "rm")
     tokenizer.save_pretrained(tmp_path / "rm")
-    monkeypatch.setattr(figures, "draw_run", lambda *_: "")  # two seconds
+    monkeypatch.setattr(report_file, "draw_run", lambda *_: "")  # two seconds
     monkeypatch.setattr(rlhf_minimal, "train_sft", no_network)
     monkeypatch.setattr(rlhf_minimal, "train_reward", no_network)
     monkeypatch.setattr(rlhf_minimal, "go_offline_unless_reachable", no_network)
@@ -986,10 +1034,10 @@ def test_fast_dev_run_of_the_full_preset_trains_no_stage_that_is_given(hub, tmp_
 @pytest.mark.parametrize("wrong, message", [
     ("a language model", "expected the reward_model/ folder of a run"),
     ("another tokenizer", "was trained with another tokenizer"),
-    ("cut", "check that file or folder"), ("missing", "check that file or folder")])
+    ("cut", "it is damaged or was cut short"), ("missing", "or pass a local folder or file")])
 def test_a_reward_model_that_is_none(wrong, message, hub, tmp_path, monkeypatch):
     folder = tmp_path / "rm"
-    tokenizer, model = lm.load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
+    tokenizer, model = load_language_model(str(hub / "sft"), tokenizer=str(hub / "gpt-j-6B"))
     if wrong != "missing":
         (model if wrong == "a language model" else RewardModel(model)).save_pretrained(
             folder.mkdir() or folder)
@@ -1008,11 +1056,11 @@ def test_a_reward_model_that_is_none(wrong, message, hub, tmp_path, monkeypatch)
 
 def test_a_changed_row_of_a_folder_is_noticed(hub, tmp_path):
     data = Path(shutil.copytree(hub / OPENAI.split("/")[1], tmp_path / "data"))
-    before = run.describe({"comparisons": str(data)})["files"]
-    assert run.describe({"comparisons": str(data)})["files"] == before
+    before = describe({"comparisons": str(data)})["files"]
+    assert describe({"comparisons": str(data)})["files"] == before
     with (data / "comparisons" / "train" / "0000.parquet").open("ab") as file:
         file.write(b"x")
-    assert run.describe({"comparisons": str(data)})["files"] != before
+    assert describe({"comparisons": str(data)})["files"] != before
 
 
 def test_the_whole_preset_ends_in_one_line_without_a_network(tmp_path, monkeypatch):
@@ -1021,7 +1069,8 @@ def test_the_whole_preset_ends_in_one_line_without_a_network(tmp_path, monkeypat
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(rlhf_minimal, "go_offline_unless_reachable", lambda: None)
     with pytest.raises(SystemExit) as stop:
-        rlhf_minimal.main(["--preset", "full", "--fast_dev_run", "--output_dir", str(tmp_path / "x")])
+        rlhf_minimal.main(["--preset", "full", "--fast_dev_run", "--output_dir",
+                           str(tmp_path / "x")])
     line = stop.value.code
-    assert line.startswith("rlhf_minimal: Qwen/Qwen2.5-3B-Instruct: not readable") and "\n" not in line
-    assert "check the network, or pass a local folder" in line and not (tmp_path / "x").exists()
+    assert line.startswith("rlhf_minimal: Qwen/Qwen2.5-3B-Instruct: not readable")
+    assert "\n" not in line and OTHERWISE in line and not (tmp_path / "x").exists()

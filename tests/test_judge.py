@@ -20,7 +20,8 @@ from transformers import (GPT2Config, GPT2LMHeadModel, HfArgumentParser, LlamaCo
 
 import judge
 import lm
-from judge import (JudgeConfig, best_of_n_kl, judge_pairwise, language_model_judge,
+import toy
+from judge import (JudgeConfig, best_of_n, best_of_n_kl, judge_pairwise, language_model_judge,
                    length_controlled_win_rate, load_judge, quality_judge, reward_model_judge,
                    wilson_interval, win_rate)
 
@@ -126,7 +127,7 @@ def outcomes_of(wins=0, losses=0, ties=0, abstentions=0):
 
 def test_the_numbers_of_item_51():
     result = win_rate(outcomes_of(60, 30, 10))
-    assert result[:5] == (60, 30, 10, 0, 100)
+    assert dataclasses.astuple(result)[:5] == (60, 30, 10, 0, 100)
     assert result.win_rate == pytest.approx(0.65), "(60 + 10/2) / 100: a tie is half a win"
     assert result.conditional_win_rate == pytest.approx(0.666667, abs=1e-6)  # 60 / 90
     assert result.decision_rate == pytest.approx(0.90)  # 90 / 100
@@ -148,15 +149,24 @@ def test_abstentions_are_neither_losses_nor_ties():
 
 
 def test_a_rate_over_nothing_is_nan():
-    nothing = win_rate([])
+    nothing = dataclasses.astuple(win_rate([]))
     assert nothing[:5] == (0, 0, 0, 0, 0) and all(math.isnan(x) for x in nothing[5:])
     silent = win_rate([None] * 3)
-    assert silent[:5] == (0, 0, 0, 3, 3) and silent.decision_rate == 0.0
+    assert dataclasses.astuple(silent)[:5] == (0, 0, 0, 3, 3) and silent.decision_rate == 0.0
     assert all(math.isnan(x) for x in (silent.win_rate, silent.conditional_win_rate, silent.low,
                                        silent.high))
     tied = win_rate([0.5] * 4)
     assert tied.win_rate == 0.5 and math.isnan(tied.conditional_win_rate)
     assert 0 < tied.low < 0.5 < tied.high < 1
+
+
+def test_a_win_rate_is_read_by_name_and_stays_as_it_is():
+    result = win_rate(outcomes_of(60, 30, 10))
+    assert [field.name for field in dataclasses.fields(result)] == [
+        "wins", "losses", "ties", "abstentions", "total", "win_rate", "conditional_win_rate",
+        "decision_rate", "low", "high"]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        result.wins = 61
 
 
 @pytest.mark.parametrize("wrong", [0.75, 2, -1.0, "A", "1.0", NAN])
@@ -765,6 +775,123 @@ def test_where_a_judge_is_loaded_to(gpu, device, dtype, monkeypatch):
         with pytest.raises(Asked) as asked:
             load_judge("some/judge", small=small)
         assert asked.value.args == ("some/judge", device, dtype, small)
+
+
+# ---------------------------------------------------------------------------- a run's win rates
+
+
+class Told:
+    """Keeps what it is told, as an engine.folder.Run does."""
+
+    def __init__(self):
+        self.warnings, self.lines = [], []
+
+    def warn(self, kind, text):
+        self.warnings.append((kind, text))
+
+    def log(self, stage, step, **metrics):
+        self.lines.append({"stage": stage, "step": step, **metrics})
+
+
+def test_judged_is_one_entry_of_the_results_and_the_outcomes():
+    run = Told()
+    entry, outcomes = judge.judged(run, load_judge("longest"), "longest", some_posts(4),
+                                   ["a b c", "a b", "a", "a b"], ["a", "b", "a b c d", "c d"])
+    assert outcomes == [1.0, 1.0, 0.0, 0.5]
+    assert (entry["n"], entry["judge"], entry["total"]) == (4, "longest", 4)
+    assert entry["win_rate"] == pytest.approx(2.5 / 4)
+    assert (entry["low"], entry["high"]) == wilson_interval(2.5 / 4, 4)
+    assert (entry["mean_length"], entry["mean_length_other"]) == (2.0, 2.0)  # words
+    # lengths in characters, and one more, since log("") is none: 6 : 2, 4 : 2, 2 : 8, 4 : 4
+    assert entry["length_controlled"] == length_controlled_win_rate(
+        outcomes, [6, 4, 2, 4], [2, 2, 8, 4])
+    assert not run.warnings
+    assert judge.judged(run, load_judge("longest"), "longest", ["p"], ["a"], [""])[1] == [1.0]
+
+
+def test_a_judge_that_never_answers_is_said_out_loud():
+    run = Told()
+    for abstentions, warnings in ((2, 0), (3, 1)):
+        verdicts = ["A"] * (3 - abstentions) + [None] * abstentions
+        entry, _ = judge.judged(run, always(*verdicts), "mute", some_posts(3), list("abc"),
+                                list("def"))
+        assert (entry["n"], entry["abstentions"]) == (3 - abstentions, abstentions)
+        assert len(run.warnings) == warnings
+    kind, text = run.warnings[0]
+    assert kind == "judge" and "the judge mute abstained on all 3 posts" in text
+
+
+def longest_asks():
+    """ask(posts, ours, theirs) of the ruler, and what it was asked."""
+    asked = []
+
+    def ask(posts, ours, theirs):
+        asked.append((posts, ours, theirs))
+        return judge.judged(Told(), load_judge("longest"), "longest", posts, ours, theirs)
+
+    return ask, asked
+
+
+def test_who_agrees_with_the_labels(capsys):
+    ask, asked = longest_asks()
+    rows = [{"post": {"post": "p"}, "chosen": chosen, "rejected": rejected}
+            for chosen, rejected in (("longer", "ok"), ("ok", "longer"), ("longer", "ok"))]
+    results = judge.judge_the_judge(ask, rows)
+    assert results["judge_agreement"]["win_rate"] == pytest.approx(2 / 3)
+    assert "judge longest: agrees with 0.667" in capsys.readouterr().out
+    results |= {"reward_accuracy": 0.5, "reward_accuracy_longest_wins": 1.0,
+                "reward_accuracy_n": 100}
+    # Wilson at one half: 1/2 +- 1/2 / sqrt(1 + n / z^2); at 1 of 1: n / (n + z^2)
+    expected = [("the judge longest", 2 / 3, *wilson_interval(2 / 3, 3), 3),
+                ("the reward model", 0.5, 0.403832, 0.596168, 100),
+                ("pick-the-longer", 1.0, 0.963006, 1.0, 100)]
+    for row, (name, *numbers) in zip(judge.agreements(results), expected, strict=True):
+        assert row[0] == name and row[1:] == pytest.approx(numbers, abs=1e-6)
+
+
+def test_win_rates_during_a_run():
+    run, (ask, asked) = Told(), longest_asks()
+    posts = [{"post": "p", "summary": "two words"}, {"post": "q", "summary": "one"}]
+    ours, sft = ["three words here", "zero"], ["three words, here", "o", "of a third post"]
+    judge.judge_during(run, 7, ask, posts, ours, sft)
+    (line,) = run.lines
+    assert (line["stage"], line["step"], line["judge"]) == ("judge", 7, "longest")
+    assert line["length"] == 2.0 and "true_quality" not in line
+    assert (line["vs_reference_win_rate"], line["vs_sft_win_rate"]) == (1.0, 0.5)
+    assert (line["vs_sft_low"], line["vs_sft_high"]) == wilson_interval(0.5, 2)
+    assert line["vs_sft_n"] == 2 and asked[1][2] == sft[:2]  # of these posts only
+    posts = toy.make_posts(2, 0)
+    judge.judge_during(run, 8, ask, posts, list(map(toy.ideal_summary, posts)), sft)
+    assert run.lines[1]["true_quality"] == 5.0  # the labeler's highest
+
+
+def test_every_policy_against_the_references():
+    ask, asked = longest_asks()
+    posts = [{"post": "p", "summary": "ref 1"}, {"post": "q", "summary": "ref 22"}]
+    sft, ppo, best = ["sft", "sft sft"], ["ppo ppo", "ppo ppo"], ["best of n"]
+    results, outcomes = judge.compare_summaries(ask, posts, sft, ppo, best)
+    references = ["ref 1", "ref 22"]
+    assert asked == [(posts, sft, references), (posts, ppo, references), (posts, ppo, sft),
+                     (posts[:1], best, references[:1])]
+    assert outcomes == {"sft_vs_reference": [0.0, 1.0], "ppo_vs_reference": [1.0, 1.0],
+                        "ppo_vs_sft": [1.0, 0.5], "best_of_n_vs_reference": [1.0]}
+    assert results.keys() == outcomes.keys() and results["ppo_vs_sft"]["win_rate"] == 0.75
+    posts = toy.make_posts(2, 0)
+    assert judge.compare_summaries(ask, posts, sft, ppo, best)[0].keys() == {
+        *outcomes, "ideal_vs_reference"}
+    assert asked[-1][1] == list(map(toy.ideal_summary, posts))
+
+
+def test_best_of_n_takes_the_best_by_score():
+    written = []
+
+    def write(model, posts, temperature, stream):
+        written.append((model, posts, temperature, stream))
+        return ["a", "bbb", "bb", "c", "cccc", "cc"]
+
+    best = best_of_n(write, lambda posts, samples: list(map(len, samples)), "model", ["p", "q"], 3)
+    assert best == ["bbb", "cccc"]
+    assert written == [("model", ["p"] * 3 + ["q"] * 3, 0.7, "best of n")]  # T = 0.7: G.3
 
 
 # ---------------------------------------------------------------------------- settings, example

@@ -232,6 +232,28 @@ def test_masked_mean_against_a_loop(seed):
     close(lm.masked_mean(t(x), torch.tensor(mask)), sum(kept) / len(kept), "loop oracle", 1e-12)
 
 
+def test_check_mask():
+    for dtype in (torch.bool, torch.long, torch.float32):
+        mask = t([[1, 0], [0, 0]]).to(dtype)
+        checked = lm.check_mask(mask)
+        assert checked.dtype == torch.bool and checked.tolist() == [[True, False], [False, False]]
+        with pytest.raises(ValueError, match=r"every row of mask \(2, 2\)"):
+            lm.check_mask(mask, every_row=True)
+        with pytest.raises(ValueError, match=r"mask \(1, 2\) selects nothing"):
+            lm.check_mask(mask[1:])
+        lm.check_mask(mask[:1], every_row=True)
+
+
+def test_zero_off_reads_nothing_off_the_mask():
+    mask = torch.tensor([True, False, False])
+    x = t([2, math.nan, math.inf]).requires_grad_()
+    kept = lm.zero_off(mask, x)
+    assert kept.tolist() == [2, 0, 0], "NaN * 0 is NaN: torch.where, not a product"
+    kept.square().sum().backward()
+    assert x.grad.tolist() == [4, 0, 0]
+    assert lm.zero_off(mask, t([7, 8, 9]).float()).dtype == torch.float32
+
+
 # ---------------------------------------------------------------------------- padding and masks
 
 
@@ -293,12 +315,27 @@ def test_response_mask_keeps_the_first_eos():
         "an EOS every token is an action; never made from ids != pad")
 
 
+def test_response_mask_ends_at_the_first_of_several_eos():
+    # a chat model ends with <|im_end|> (8) or with <|endoftext|> (9)
+    responses = torch.tensor([[5, 8, 0, 0], [5, 9, 0, 0], [5, 8, 9, 0], [9, 8, 6, 7], [5, 6, 7, 4]])
+    expected = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    for several in ([8, 9], [9, 8], (8, 9), torch.tensor([8, 9])):
+        mask = lm.get_response_mask(responses, several)
+        assert mask.dtype == torch.bool and mask.shape == responses.shape
+        assert mask.long().tolist() == expected, "True up to and including the first of any of them"
+    assert torch.equal(lm.get_response_mask(responses, [9]), lm.get_response_mask(responses, 9))
+    assert lm.is_eos(responses[0], [8, 9]).tolist() == [False, True, False, False]
+    assert lm.is_eos(responses[0], 5).tolist() == [True, False, False, False]
+
+
 @pytest.mark.parametrize("seed", range(3))
-def test_response_mask_against_a_loop(seed):
+@pytest.mark.parametrize("eos", [3, [3], [1, 3]])
+def test_response_mask_against_a_loop(seed, eos):
     draw = random.Random(seed)
     rows = [[draw.randrange(4) for _ in range(6)] for _ in range(20)]
-    expected = [[3 not in row[:k] for k in range(6)] for row in rows]
-    assert lm.get_response_mask(torch.tensor(rows), 3).tolist() == expected
+    ends = {3} if eos == 3 else set(eos)
+    expected = [[not ends & set(row[:k]) for k in range(6)] for row in rows]
+    assert lm.get_response_mask(torch.tensor(rows), eos).tolist() == expected
 
 
 # ---------------------------------------------------------------------------- log-probabilities
@@ -430,6 +467,27 @@ def test_a_padding_id_drawn_before_eos_is_an_ordinary_token():
     assert responses.tolist() == [[4, 0, 2, 3, 1], [3, 1, 0, 0, 0]], "only EOS ends a response"
 
 
+def test_sample_stops_at_any_of_several_eos():
+    """Every token is followed by the one below; EOS = 1 and 4, of which the greater comes first."""
+    model = table_model(surely([0, 0, 1, 2, 3, 4, 5, 6]))
+    responses = lm.sample(model, *start([3, 7, 5, 6]), 9, eos_token_id=[1, 4], pad_token_id=0,
+                          temperature=0)
+    assert responses.tolist() == [[2, 1, 0], [6, 5, 4], [4, 0, 0], [5, 4, 0]], (
+        "a response ends at the first EOS of any kind, and goes on after no other token")
+    again = lm.sample(model, *start([3, 7, 5, 6]), 9, eos_token_id=torch.tensor([4, 1]),
+                      pad_token_id=4, temperature=0)
+    assert again.tolist() == [[2, 1, 4], [6, 5, 4], [4, 4, 4], [5, 4, 4]], "padding = one of them"
+
+
+def test_sample_refuses_unequal_shapes():
+    ids, mask = start([3, 5])
+    for wrong in (mask[:1], mask[:, :1], mask[:, 1:], mask[0], mask[None]):
+        with pytest.raises(ValueError) as error:
+            lm.sample(table_model(surely([0, 0])), ids, wrong, 2, eos_token_id=1, pad_token_id=1)
+        assert all(word in str(error.value) for word in (
+            "input_ids (2, 3)", f"attention_mask {tuple(wrong.shape)}")), error.value
+
+
 # A four-token distribution in an order that is not sorted; token 4 = EOS has no mass worth noting
 PROBS = [.15, .5, .1, .25]
 
@@ -532,14 +590,6 @@ def test_sample_refuses_settings_without_a_meaning(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         lm.sample(table_model(surely([0, 0])), *start([0]), eos_token_id=1, pad_token_id=1,
                   **settings)
-
-
-def test_every_use_of_randomness_has_a_stream_of_its_own():
-    before = torch.get_rng_state()
-    draws = [torch.rand((), generator=lm.generator_for(*names)).item() for names in
-             [(0, "ppo", 1), (0, "ppo", 1), (0, "ppo", 2), (1, "ppo", 1), (0, "reward", 1), (0,)]]
-    assert draws[0] == draws[1] and len(set(draws)) == 5
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 # ---------------------------------------------------------------------------- on real models
@@ -695,6 +745,29 @@ def test_decode_response():
     assert lm.decode_response([1, ord("c")], Letters()) == ""
 
 
+@pytest.mark.parametrize("batch_size", [0, 1, 2, 3, 5, 99])
+@pytest.mark.parametrize("k", [1, 2])
+def test_sample_responses_keeps_the_order_of_the_queries(batch_size, k, monkeypatch):
+    model, tokenizer = table_model(surely([0, 0, 1, 2, 3, 4, 5, 6])), Letters()
+    tokenizer.pad_token_id, sampled = 7, []
+
+    def watched(model, ids, mask, *rest, **settings):
+        sampled.append(mask.sum(1).tolist())
+        return sample(model, ids, mask, *rest, **settings)
+
+    sample = lm.sample
+    monkeypatch.setattr(lm, "sample", watched)
+    queries = [[6, 7, 4], [5], [6, 3], [7, 7, 7, 2], [6]]
+    responses = lm.sample_responses(model, tokenizer, queries, 4, 0, batch_size=batch_size, k=k)
+    # each token is followed by the one below, EOS = 1 is kept, the padding after it dropped
+    expected = [[3, 2, 1], [4, 3, 2, 1], [2, 1], [1], [5, 4, 3, 2]]
+    assert responses == [response for response in expected for _ in range(k)]
+    n = max(1, batch_size // k) if batch_size else 5  # queries at a time
+    lengths = [3, 1, 2, 4, 1] if n >= 5 else [1, 1, 2, 3, 4]
+    assert sampled == [lengths[i : i + n] for i in range(0, 5, n)], (
+        "rows at a time, k of them a query; all at once as given, else similar lengths together")
+
+
 # ---------------------------------------------------------------------------- schedules
 
 
@@ -708,43 +781,3 @@ def test_cosine_schedule():
     # 3e-6 (1 + cos(pi s / 4)) / 2 for s = 0 .. 4
     close([3 * lm.cosine_schedule(s, 4) for s in range(5)], [3, 2.560660, 1.5, .439340, 0],
           "half a cosine wave, from 1 to 0")
-
-
-def test_update_reaches_every_group_and_clips_their_common_norm():
-    # loss 3 a + 4 b: the gradient (3, 4) has norm 5; clipped to 1 it is (.6, .8); a step of .5
-    a, b = t([1.]).requires_grad_(), t([1.]).requires_grad_()
-    optimizer = torch.optim.SGD([{"params": [a], "lr": 7.}, {"params": [b], "lr": 9.}])
-    for _ in range(2):  # twice the same step: old gradients are cleared
-        loss = lm.update(optimizer, [(3 * a).sum(), (4 * b).sum()], .5, 1.)
-    close(torch.cat([a, b]), [1 - 2 * .3, 1 - 2 * .4], "lr .5 in every group, the gradient norm "
-          "clipped to 1")
-    assert loss == pytest.approx(3 * .7 + 4 * .6), "the sum of the microbatches"
-    lm.update(optimizer, [(3 * a + 4 * b).sum()], .1)
-    close(torch.cat([a, b]), [.4 - .3, .2 - .4], "a step of .1 (3, 4): old gradients are cleared, "
-          "and without max_grad_norm nothing is clipped")
-
-
-def test_epochs_are_shuffled_and_cut_into_batches():
-    """Ten rows in batches of three: three steps an epoch, nine rows once each, one left over."""
-    total, rows = lm.epoch_batches(10, 3, 2, 5, "sft")
-    assert total == 6
-    batches = [rows(step) for step in range(total)]
-    assert [len(batch) for batch in batches] == [3] * 6
-    epochs = [sum(batches[:3], []), sum(batches[3:], [])]
-    for epoch in epochs:
-        assert len(set(epoch)) == 9 and set(epoch) <= set(range(10))
-    assert epochs[0] != epochs[1] and rows(4) == batches[4], "a step has its rows, whenever asked"
-    for seed, stage in ((6, "sft"), (5, "reward")):
-        _, others = lm.epoch_batches(10, 3, 2, seed, stage)
-        assert [others(step) for step in range(3)] != batches[:3], "an order for each seed and stage"
-    total, rows = lm.epoch_batches(2, 3, 4, 5, "sft")  # fewer rows than a batch: all of them
-    assert total == 4 and all(sorted(rows(step)) == [0, 1] for step in range(4))
-    total, rows = lm.epoch_batches(1, 1, 1, 5, "sft")
-    assert total == 1 and rows(0) == [0]
-
-
-@pytest.mark.parametrize("size, parts", [
-    (0, [[7, 3, 8, 1, 5]]), (2, [[7, 3], [8, 1], [5]]), (5, [[7, 3, 8, 1, 5]]),
-    (9, [[7, 3, 8, 1, 5]])])
-def test_microbatches_are_the_rows_in_order(size, parts):
-    assert lm.microbatches([7, 3, 8, 1, 5], size) == parts

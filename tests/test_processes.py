@@ -21,8 +21,11 @@ import lm
 import ppo
 import reward
 import rlhf_minimal
-import run as run_file
-from run import Run, SettingError, agreed, n_processes, rank
+import sft
+from engine.batches import generator_for, one_step
+from engine.folder import Run
+from engine.processes import agreed, n_processes, rank, start_processes, sum_over_processes
+from engine.settings import ModelConfig, SettingError
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
@@ -36,13 +39,18 @@ SPLITS = {"whole": {}, "1 at a time": {"micro_batch_size": 1},
           "3 at a time": {"micro_batch_size": 3, "rollout_batch_size": 2},
           "2 of a post": {"return_sequences": 2},
           "2 of a post, 3 at a time": {"return_sequences": 2, "micro_batch_size": 3},
+          "2 minibatches": {"ppo_minibatches": 2},
+          "4 minibatches, 2 of a post": {"ppo_minibatches": 4, "return_sequences": 2},
+          "2 minibatches, 1 at a time": {"ppo_minibatches": 2, "micro_batch_size": 1},
           "adapters": {"lora_rank": 2, "checkpoint_activations": True, "micro_batch_size": 3}}
+# Where a minibatch is cut by length, two processes have other minibatches than one: in sum the same
+MIXED = "2 minibatches, 1 at a time"
 METRICS = ("reward", "kl_per_summary", "length", "ended", "entropy", "policy_loss", "value_loss",
            "policy_clip_fraction", "value_clip_fraction")
 
 
 def settings(**changes):
-    fields = {**vars(ppo.PPOConfig()), **vars(lm.ModelConfig()), **vars(lm.SFTConfig()),
+    fields = {**vars(ppo.PPOConfig()), **vars(ModelConfig()), **vars(sft.SFTConfig()),
               **vars(reward.RewardConfig()), "ppo_batch_size": 8, "ppo_episodes": 16,
               "ppo_epochs": 1, "response_length": 6, "sft_batch_size": 8, "reward_batch_size": 7}
     return SimpleNamespace(**{**fields, **changes})
@@ -60,7 +68,7 @@ def train(stage, run, changes):
     """One of the three training loops on the fixed rows above."""
     model, reward_model = models()
     if stage == "sft":
-        lm.train_sft(run, model, QUERIES, RESPONSES[::2], 0, settings(**changes))
+        sft.train_sft(run, model, QUERIES, RESPONSES[::2], 0, settings(**changes))
     elif stage == "reward":
         pairs = list(zip(QUERIES, RESPONSES[::2], RESPONSES[1::2]))
         reward.train_reward(run, reward_model, pairs, 0, settings(**changes))
@@ -70,9 +78,14 @@ def train(stage, run, changes):
     return model, reward_model
 
 
+def tokens_of(parts):
+    return sum_over_processes(sum(part.mask.sum() for part in parts).double())
+
+
 def measured(stage, changes):
     """Gradients (before clipping), metrics and whitened advantages of one update, the summaries
-    given, the old policy and critic some way off, so that both clips are at work."""
+    given, the old policy and critic some way off, so that both clips are at work. The weights stay,
+    and each minibatch counts by its tokens: means over the steps are those over the whole batch."""
     found = SimpleNamespace(gradients=[], metrics=None, advantages={})
 
     def keep(parameters, bound):
@@ -86,29 +99,44 @@ def measured(stage, changes):
 
     def elsewhere(*arguments):
         batch = rollout(*arguments)
-        noise = torch.sin(3.0 * batch["input_ids"])[:, -batch["mask"].shape[1] :]
-        return {**batch, "log_probs": batch["log_probs"] + 0.3 * noise,
-                "values": batch["values"] + 0.3 * noise}
+        for part in batch:
+            noise = torch.sin(3.0 * part.input_ids)[:, -part.mask.shape[1] :]
+            part.log_probs, part.values = part.log_probs + 0.3 * noise, part.values + 0.3 * noise
+        return batch
 
-    def whitened(advantages, mask):
-        result = whiten(advantages, mask)
-        start = rank() * len(mask)  # each process has its own rows
-        found.advantages |= {start + i: row[real].tolist()
-                             for i, (row, real) in enumerate(zip(result, mask))}
-        return result
+    def whitened(batch):
+        whiten(batch)
+        for part in batch:
+            k = changes.get("return_sequences", 1)
+            for i, (post, row, real) in enumerate(zip(part.post, part.advantages, part.mask)):
+                post = rank() + n_processes() * post.item()  # each process has its own posts
+                found.advantages[k * post + i % k] = row[real].tolist()
+
+    def by_tokens(batch, n, generator):
+        whole = tokens_of(batch)
+        for minibatch in minibatches(batch, n, generator):
+            weight = n * tokens_of([part for part, _ in minibatch]) / whole
+            yield [(part, share * weight) for part, share in minibatch]
 
     run = SimpleNamespace(seed=0, steps=lambda *_, **__: [1], history=lambda _: [
         {"step": 0, "kl_per_summary": 0, "length": 1, "entropy": 1}])
     run.log = lambda stage, step, **metrics: setattr(found, "metrics", metrics)
-    rollout, whiten = ppo.rollout, ppo.whiten_over_processes
+    rollout, whiten, minibatches = ppo.rollout, ppo.whiten_batch, ppo.minibatches
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
         patch.setattr(torch.optim.Adam, "step", lambda self: None)
-        patch.setattr(ppo, "sample", given)
+        patch.setattr(lm, "sample", given)
         patch.setattr(ppo, "rollout", elsewhere)
-        patch.setattr(ppo, "whiten_over_processes", whitened)
+        patch.setattr(ppo, "whiten_batch", whitened)
+        patch.setattr(ppo, "minibatches", by_tokens)
         train(stage, run, changes)
     return vars(found)
+
+
+def of_the_batch(gradients, stage):
+    """The mean over the steps, policy and critic each."""
+    networks = 2 if stage == "ppo" else 1
+    return [torch.stack(gradients[i::networks]).mean(0) for i in range(networks)]
 
 
 def close(a, b, relative=1e-5):
@@ -152,11 +180,11 @@ def saved_in(folder):
 
 
 def ppo_with(folder, patched, **changes):
-    """train_ppo in a run, with some of ppo.py replaced."""
+    """train_ppo in a run, with some functions replaced, by "module.name"."""
     def test():
         with pytest.MonkeyPatch.context() as patch:
             for name, function in patched.items():
-                patch.setattr(ppo, name, function)
+                patch.setattr(name, function)
             run = SlowToSave(folder, CONFIG)
             try:
                 with run.guarded():
@@ -167,18 +195,16 @@ def ppo_with(folder, patched, **changes):
 
 
 def nan_reward(*arguments):
-    batch = ROLLOUT(*arguments)
-    return {**batch, "scores": only(1, batch["scores"] * math.nan, batch["scores"])}
+    return SCORES(*arguments) * only(1, math.nan, 1.0)
 
 
-def nan_logit(*arguments, **named):
-    lm.check_finite(logit=torch.tensor(only(1, math.nan, 0.0)))
-    return SAMPLE(*arguments, **named)
+def nan_logit(logits, *rest):
+    return NEXT_TOKEN(logits * only(1, math.nan, 1.0), *rest)
 
 
 def not_itself(*arguments):
-    batch = ROLLOUT(*arguments)
-    return {**batch, "log_probs": batch["log_probs"] + only(1, 0.01, 0)}
+    """In the rollout, and not in the update, log-probs are higher by 0.01 nats."""
+    return LOG_PROBS(*arguments) + only(1, 0.0 if torch.is_grad_enabled() else 0.01, 0.0)
 
 
 def out_of_memory(*arguments):
@@ -187,7 +213,13 @@ def out_of_memory(*arguments):
     return VALUES(*arguments)
 
 
-ROLLOUT, SAMPLE, VALUES = ppo.rollout, ppo.sample, ppo.response_values
+def out_of_memory_later(*arguments):
+    """In the update, where backward needs all activations."""
+    return out_of_memory(*arguments) if torch.is_grad_enabled() else VALUES(*arguments)
+
+
+SCORES, VALUES, LOG_PROBS = ppo.final_scores, ppo.response_values, ppo.response_log_probs
+NEXT_TOKEN = lm.next_token
 
 
 def loop(run, during=lambda step: None):
@@ -196,7 +228,8 @@ def loop(run, during=lambda step: None):
     with run.guarded():
         for step in run.steps("sft", 5, model=model, optimizer=optimizer):
             during(step)
-            lm.update(optimizer, [model(torch.ones(1, 2)).sum()], 0.1)
+            with one_step(optimizer, 0.1) as update:
+                update.add(model(torch.ones(1, 2)).sum())
             run.log("sft", step, loss=0.0)
 
 
@@ -214,7 +247,8 @@ def nan_loss(folder):
     before = model.weight.clone()
     optimizer = torch.optim.Adam(model.parameters())
     try:
-        lm.update(optimizer, [model(torch.ones(1, 2)).sum() * only(1, math.nan, 1.0)], 0.1)
+        with one_step(optimizer, 0.1) as update:
+            update.add(model(torch.ones(1, 2)).sum() * only(1, math.nan, 1.0))
     except FloatingPointError as error:
         return ["FloatingPointError", str(error), torch.equal(before, model.weight)]
 
@@ -231,7 +265,7 @@ def disk_full(folder):
 def whole_run(folder, *flags, **patched):
     """run_all, in a process that is one of two already."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, function in {"start_processes": lambda: "cpu", **patched}.items():
+        for name, function in {"start_processes": lambda device: "cpu", **patched}.items():
             patch.setattr(rlhf_minimal, name, function)
         rlhf_minimal.run_all(rlhf_minimal.parse_settings(
             ["--fast_dev_run", "--output_dir", str(folder), *flags]))
@@ -270,8 +304,8 @@ def restarted(folder):
 
     Run.remove = slow_remove
     try:
-        whole_run(folder, "--restart", load_given=lambda *_: (None,) * 3, supervise=look,
-                  load_data=lambda *_: ([], [], [], []))
+        whole_run(folder, "--restart", load_given=lambda *_: (None,) * 3,
+                  load_data=lambda *_: ([], [], [], []), supervised_baseline=look)
     finally:
         Run.remove = remove
 
@@ -300,18 +334,21 @@ def trained(folder):
     run = Run(folder, CONFIG, save_seconds=only(0, 0, 1e9))
     with run.guarded():
         model, _ = train("ppo", run, {"ppo_minibatches": 3, "ppo_epochs": 2, "ppo_lr": 1e-2,
-                                      "ppo_batch_size": 10, "ppo_episodes": 20})
-    sampled = lm.sample_responses(model, TOKENIZER, QUERIES, 6, 1.0, lm.generator_for(0))
+                                      "ppo_batch_size": 10, "ppo_episodes": 20,
+                                      "micro_batch_size": 1})
+    sampled = lm.sample_responses(model, TOKENIZER, QUERIES, 6, 1.0, generator_for(0))
     return [sum(p.double().sum().item() for p in model.parameters()), sampled, run.lines]
 
 
 FAILURES = {
-    "nan reward": lambda f: ppo_with(f, {"rollout": nan_reward})(),
-    "nan logit": lambda f: ppo_with(f, {"sample": nan_logit})(),
-    "ratio": lambda f: ppo_with(f, {"rollout": not_itself})(),
-    "memory": lambda f: ppo_with(f, {"response_values": out_of_memory})(),
+    "nan reward": lambda f: ppo_with(f, {"ppo.final_scores": nan_reward})(),
+    "nan logit": lambda f: ppo_with(f, {"lm.next_token": nan_logit})(),
+    "ratio": lambda f: ppo_with(f, {"ppo.response_log_probs": not_itself})(),
+    "memory": lambda f: ppo_with(f, {"ppo.response_values": out_of_memory})(),
+    "memory later": lambda f: ppo_with(f, {"ppo.response_values": out_of_memory_later})(),
     "small ppo batch": lambda f: ppo_with(f, {}, ppo_batch_size=1)(),
     "uneven ppo batch": lambda f: ppo_with(f, {}, ppo_batch_size=7, ppo_minibatches=3)(),
+    "many minibatches": lambda f: ppo_with(f, {}, ppo_minibatches=5)(),
     "small sft batch": lambda f: train("sft", Run(f, CONFIG), {"sft_batch_size": 1}),
     "small reward batch": lambda f: train("reward", Run(f, CONFIG), {"reward_batch_size": 1}),
     "stop": stopped, "nan loss": nan_loss, "full disk": disk_full, "one refuses": refused_by_one,
@@ -324,7 +361,7 @@ def second_process(which, port, folder):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(which), "WORLD_SIZE": "2", "LOCAL_RANK": str(which),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-    run_file.start_processes()
+    assert start_processes("cpu") == "cpu"
     results = {(stage, name): measured(stage, changes) for stage in ("sft", "reward", "ppo")
                for name, changes in SPLITS.items()}
     for name, test in FAILURES.items():
@@ -360,33 +397,43 @@ def test_two_processes_have_the_gradients_of_one(two, stage, name):
     one = measured(stage, SPLITS[name])
     for which in range(2):
         other = two.results[which][stage, name]
-        assert len(one["gradients"]) == (2 if stage == "ppo" else 1)
-        close(other["gradients"], one["gradients"])
+        assert len(other["gradients"]) == len(one["gradients"]) == (
+            2 * SPLITS[name].get("ppo_minibatches", 1) if stage == "ppo" else 1)
+        if name != MIXED:
+            close(other["gradients"], one["gradients"])
+        close(*(of_the_batch(found["gradients"], stage) for found in (other, one)))
         assert other["metrics"] == pytest.approx(one["metrics"], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("k", [1, 2])
-def test_two_processes_whiten_over_all_tokens(two, k):
+@pytest.mark.parametrize("name", SPLITS)
+def test_two_processes_whiten_over_all_tokens(two, name):
     """Process r has the posts r, r + 2, ...; the numbers are those of all in one batch."""
-    name = "2 of a post" if k == 2 else "whole"
-    one = measured("ppo", SPLITS[name])["advantages"]
+    k = SPLITS[name].get("return_sequences", 1)
+    one = measured("ppo", SPLITS["2 of a post" if k == 2 else "whole"])["advantages"]
     for which in range(2):
         ours = two.results[which]["ppo", name]["advantages"]
         mine = [k * post + i for post in range(which, 8, 2) for i in range(k)]
-        for row, place in zip(mine, sorted(ours), strict=True):
-            assert ours[place] == pytest.approx(one[row], rel=1e-5, abs=1e-6)
+        assert sorted(ours) == mine
+        for row in mine:
+            assert ours[row] == pytest.approx(one[row], rel=1e-5, abs=1e-6)
     tokens = torch.tensor([x for row in one.values() for x in row], dtype=torch.float64)
+    assert len(one) == 8 * k and len(tokens) == sum(
+        len(RESPONSES[2 * post + i]) for post in range(8) for i in range(k))
     assert abs(tokens.mean()) < 1e-6 and abs(tokens.square().mean() - 1) < 1e-5
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(stage):
-    for a, b in (("1 at a time", "whole"), ("3 at a time", "whole"),
-                 ("2 of a post, 3 at a time", "2 of a post")):
+    for a, b in (("1 at a time", "whole"), ("3 at a time", "whole"), ("2 minibatches", "whole"),
+                 (MIXED, "whole"), ("2 of a post, 3 at a time", "2 of a post"),
+                 ("4 minibatches, 2 of a post", "2 of a post")):
         split, whole = (measured(stage, SPLITS[name]) for name in (a, b))
-        close(split["gradients"], whole["gradients"])
+        close(*(of_the_batch(found["gradients"], stage) for found in (split, whole)))
         assert split["metrics"] == pytest.approx(whole["metrics"], rel=1e-5, abs=1e-6)
+        assert {*split["advantages"]} == {*whole["advantages"]}
+        for row, advantages in whole["advantages"].items():
+            assert split["advantages"][row] == pytest.approx(advantages, rel=1e-5, abs=1e-6)
     assert stage != "ppo" or {*METRICS} < {*whole["metrics"]}
     if stage == "ppo":  # else the fixed rollouts would not test the clips
         assert min(whole["metrics"][f"{name}_clip_fraction"] for name in ("policy", "value")) > 0
@@ -408,8 +455,10 @@ EXPECTED = {  # on both processes: the exception, and what it says
     "nan logit": ("SettingError", "ppo step 0: logit is NaN.*'ppo-00000000"),
     "ratio": ("RuntimeError", "differ from the old ones by 0.01"),
     "memory": ("OutOfMemoryError", "CUDA out of memory"),
+    "memory later": ("OutOfMemoryError", "CUDA out of memory"),
     "small ppo batch": ("SettingError", "--ppo_batch_size 1: 1 posts an update"),
     "uneven ppo batch": ("SettingError", "--ppo_batch_size 7: 7 posts an update"),
+    "many minibatches": ("SettingError", "--ppo_minibatches 5: expected at most the 4 posts"),
     "small sft batch": ("SettingError", "sft: a batch of 1 rows .* raise sft_batch_size"),
     "small reward batch": ("SettingError", "reward: a batch of 1 rows .* raise reward_batch_size"),
     "full disk": ("OSError", "No space left"),

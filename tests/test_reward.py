@@ -132,6 +132,35 @@ def test_the_score_at_every_length():
 
 
 @torch.no_grad()
+def test_scores_of_a_response_begin_at_the_end_of_the_post():
+    # two responses to each post, Q = 2, T = 3; the last one is one token, the rest is padding
+    ids = torch.tensor([[0, 5, 6, 7, 9], [0, 5, 8, 9, 0], [3, 4, 1, 2, 9], [3, 4, 9, 0, 0]])
+    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 1, 0], [1] * 5, [1, 1, 1, 0, 0]])
+    for k in (1, 2):
+        scores = reward.response_scores(table_reward(BY_TOKEN), ids, mask, 3, k)
+        assert scores.shape == (4, 4)
+        real = torch.cat([torch.ones(4, 1).bool(), mask[:, 2:].bool()], 1)
+        close(scores[real], [5, 6, 7, -9, 5, 8, -9, 4, 1, 2, -9, 4, -9],
+              "column 0 is the post's last token, column n the response's n-th", 1e-4)
+        close(reward.final_scores(table_reward(BY_TOKEN), ids, mask, 3, k), [-9] * 4,
+              "the last real token of each", 1e-4)
+    shorter = torch.tensor([[0, 1, 1, 1, 0], [0, 1, 1, 0, 0], [1] * 5, [1, 1, 1, 0, 0]])
+    for k in (1, 2):
+        close(reward.final_scores(table_reward(BY_TOKEN), ids, shorter, 3, k), [7, 8, -9, -9],
+              "a response that never ended is scored at its last token", 1e-4)
+
+
+def test_the_model_refuses_unequal_shapes():
+    model = table_reward(BY_TOKEN)
+    ids, mask = torch.tensor([[5, 6, 9], [3, 4, 9]]), torch.ones(2, 3).long()
+    named = ["input_ids", "attention_mask"]
+    for ask in (model, model.score):
+        for wrong in (mask[:1], mask[:, :1], mask[:, 1:], mask[0], mask[None]):
+            refused(ask, {"input_ids": ids, "attention_mask": wrong}, named)
+            refused(ask, {"input_ids": wrong, "attention_mask": mask}, named)
+
+
+@torch.no_grad()
 def test_normalize_shifts_the_references_to_mean_zero():
     # references that score 1.5, 2.5, .5, 3.5: mean 2, so they become -.5, .5, -1.5, 1.5
     model = table_reward([0, 1.5, 2.5, .5, 3.5, 4, 1])

@@ -26,12 +26,16 @@ import lm
 import ppo
 import reward
 import rlhf_minimal
-import run as run_file
+import sft
 import toy
-from run import Run, SettingError
+from engine import folder as folder_file
+from engine.batches import generator_for, one_step
+from engine.folder import Run
+from engine.settings import ModelConfig, SettingError
 
 torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
+SOURCES = [*HERE.parent.glob("*.py"), *HERE.parent.glob("engine/*.py")]
 sys.path.insert(0, str(HERE))  # for kill.py
 CONFIG = {"seed": 0, "kl_beta": 0.05, "files": {"ppo.py": "a1"}, "environment": {"torch": "2.13"}}
 
@@ -45,15 +49,16 @@ class Killed(Exception):
 
 
 def learn(run, stop_after=None, total=12):
-    """A small training loop like those of lm.py, reward.py and ppo.py; returns its weights."""
+    """A small training loop like those of sft.py, reward.py and ppo.py; returns its weights."""
     torch.manual_seed(5)
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
     optimizer = torch.optim.Adam(model.parameters())
     steps = run.steps("sft", total, model=model, optimizer=optimizer) if run else range(total)
     for step in steps:
-        x = torch.randn(8, 3, generator=lm.generator_for(0, "x", step))
+        x = torch.randn(8, 3, generator=generator_for(0, "x", step))
         loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
-        lm.update(optimizer, [loss], 0.1 * lm.cosine_schedule(step, total))
+        with one_step(optimizer, 0.1 * lm.cosine_schedule(step, total)) as update:
+            update.add(loss)
         if run:
             run.log("sft", step, loss=loss.item())
         if step == stop_after:
@@ -77,7 +82,7 @@ def interrupted(folder, stop_after=7, **flags):
 
 
 def test_a_resumed_loop_ends_where_an_uninterrupted_one_does(tmp_path):
-    plain = learn(None)  # without any of run.py
+    plain = learn(None)  # without any of folder.py
     whole = new_run(tmp_path / "whole")
     assert equal(learn(whole), plain)
     interrupted(tmp_path / "run", 3)
@@ -111,7 +116,7 @@ def test_lines_logged_after_the_last_checkpoint_and_torn_ones_are_dropped(tmp_pa
 
 def test_seconds_go_on_from_where_they_were(tmp_path, monkeypatch):
     clock = itertools.count(0, 1000)
-    monkeypatch.setattr(run_file.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(folder_file.time, "perf_counter", lambda: next(clock))
     interrupted(tmp_path / "run", 5)
     monkeypatch.undo()
     run = new_run(tmp_path / "run", resume=True)
@@ -153,7 +158,7 @@ def test_two_checkpoints_are_kept_and_none_goes_before_the_next_is_safe(tmp_path
         Path(path).write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(run_file, "save_file", full)
+    monkeypatch.setattr(folder_file, "save_file", full)
     run = new_run(tmp_path / "run", resume=True, save_seconds=0)
     with pytest.raises(SafetensorError):
         learn(run)
@@ -175,10 +180,10 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_what_is_trained_is_saved_and_nothing_else(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     model[0].requires_grad_(False)
-    assert set(run_file.flatten({"m": model})) == {"m/1.weight", "m/1.bias"}
+    assert set(folder_file.flatten({"m": model})) == {"m/1.weight", "m/1.bias"}
     tied = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": torch.nn.Linear(2, 2)})
     tied["b"].weight = tied["a"].weight  # GPT-2's embedding and head; safetensors refuses both
-    assert "m/b.weight" not in run_file.flatten({"m": tied})
+    assert "m/b.weight" not in folder_file.flatten({"m": tied})
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path):
@@ -253,24 +258,89 @@ def test_two_at_once_in_one_folder(tmp_path):
 def test_each_file_a_result_depends_on_is_in_the_config(tmp_path):
     (tmp_path / "rows.jsonl").write_text("1")
     settings = {"seed": 0, "posts": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path)}
-    files = run_file.describe(settings)["files"]
-    assert {"lm.py", "run.py", "reward.py", "ppo.py", "rlhf_minimal.py", settings["posts"]} <= {*files}
+    files = folder_file.describe(settings)["files"]
+    sources = {path.relative_to(HERE.parent).as_posix() for path in SOURCES}
+    assert {"lm.py", "ppo.py", "rlhf_minimal.py", "engine/folder.py", "engine/batches.py"} < sources
+    assert {*files} == sources | {settings["posts"]}
     assert str(tmp_path) not in files, "the run's own folder changes all the time"
     (tmp_path / "rows.jsonl").write_text("2")
-    changed = run_file.describe(settings)["files"]
+    changed = folder_file.describe(settings)["files"]
     assert [name for name in files if files[name] != changed[name]] == [
         settings["posts"]]
 
 
+@pytest.mark.parametrize("name", ["ppo.py", "engine/batches.py", "engine/new.py", "new.py"])
+def test_an_edited_or_new_source_file_refuses_a_resume_in_one_line(name, tmp_path, monkeypatch):
+    """By the whole program, on a copy of its files: before anything is loaded or written."""
+    copied = tmp_path / "project"
+    for path in SOURCES:
+        target = copied / path.relative_to(HERE.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    monkeypatch.setattr(folder_file, "__file__", str(copied / "engine" / "folder.py"))
+    monkeypatch.setattr(rlhf_minimal, "load_given", lambda *_: 1 / 0)
+    arguments = ["--resume", "--output_dir", str(tmp_path / "run")]
+    config = folder_file.describe(vars(rlhf_minimal.parse_settings(arguments)))
+    new_run(tmp_path / "run", config).lock.release()
+    with pytest.raises(ZeroDivisionError):
+        rlhf_minimal.main(arguments)  # nothing was edited: it goes on
+    before = [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "run").rglob("*"))]
+    with (copied / name).open("a") as file:
+        file.write("# edited\n")
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main(arguments)
+    line = stop.value.code
+    assert line.startswith("rlhf_minimal: --output_dir ") and line.isprintable(), line
+    was, now = config["files"].get(name), folder_file.digest(copied / name)
+    assert was != now and f"can't be resumed, {name} was {was} and is now {now}" in line, line
+    assert before == [(path, path.stat().st_mtime_ns)
+                      for path in sorted((tmp_path / "run").rglob("*"))]
+
+
 def test_without_output_dir_resume_takes_the_last_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [run_file.choose_folder("tiny", resume) for resume in (False, True)]
+    names = [folder_file.choose_folder("tiny", resume) for resume in (False, True)]
     assert names == ["runs/tiny-1"] * 2
     Path("runs/tiny-1").mkdir(parents=True)
     Path("runs/tiny-2").mkdir()
-    assert run_file.choose_folder("tiny", False) == "runs/tiny-3"
-    assert run_file.choose_folder("tiny", True) == "runs/tiny-2"
-    assert run_file.choose_folder("full", True) == "runs/full-1"
+    assert folder_file.choose_folder("tiny", False) == "runs/tiny-3"
+    assert folder_file.choose_folder("tiny", True) == "runs/tiny-2"
+    assert folder_file.choose_folder("full", True) == "runs/full-1"
+
+
+def test_what_is_installed_has_every_file_that_a_run_needs():
+    text = (HERE.parent / "pyproject.toml").read_text(encoding="utf-8")
+    modules, packages = (json.loads(re.search(rf"^{key} = (\[.*?\])", text, re.M | re.S)[1])
+                         for key in ("py-modules", "packages"))
+    assert sorted(modules) == sorted(path.stem for path in HERE.parent.glob("*.py"))
+    folders = {path.parent.name for path in HERE.parent.glob("*/__init__.py")}
+    assert {"engine"} == folders == {*packages}
+    assert not [*HERE.parent.glob("engine/*/*.py")], "a folder that packages doesn't name"
+
+
+# ---------------------------------------------------------------------------- numbers out of range
+
+
+@pytest.mark.parametrize("words, said", [
+    ("--ppo_lr -1", "--ppo_lr -1.0: expected 0 or more"),
+    ("--micro_batch_size -2", "--micro_batch_size -2: expected 0 or more"),
+    ("--lam 2", "--lam 2.0: expected 0 to 1"),
+    ("--gamma nan", "--gamma nan: expected 0 to 1"),
+    ("--kl_beta inf", "--kl_beta inf: expected 0 or more"),
+    ("--seed 12345678901234567890",
+     "--seed 12345678901234567890: expected 0 to 9223372036854775807"),
+    ("--toy_width 30 --toy_heads 4", "--toy_width 30: expected a multiple of 2 x toy_heads (4)"),
+])
+def test_a_number_out_of_its_range_is_one_line_before_any_work(words, said, tmp_path, monkeypatch):
+    """By the whole program; test_settings.py has every range."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run_all", "summarize", "choose_folder"):
+        monkeypatch.setattr(rlhf_minimal, name, lambda *_: 1 / 0)
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main(words.split())
+    line = stop.value.code  # a text: the exit status is 1
+    assert line.startswith(f"rlhf_minimal: {said}") and line.isprintable(), line
+    assert "--help" in line and not [*tmp_path.iterdir()]
 
 
 # ---------------------------------------------------------------------------- Ctrl-C
@@ -349,8 +419,8 @@ def model():
 
 
 def ppo_config(**changes):
-    fields = {**vars(ppo.PPOConfig()), **vars(lm.ModelConfig()), "ppo_episodes": 64, "ppo_batch_size": 16,
-              "response_length": 6, "ppo_lr": 1e-2}
+    fields = {**vars(ppo.PPOConfig()), **vars(ModelConfig()), "ppo_episodes": 64,
+              "ppo_batch_size": 16, "response_length": 6, "ppo_lr": 1e-2}
     return SimpleNamespace(**{**fields, **changes})
 
 
@@ -390,15 +460,16 @@ def test_nan_stops_and_the_state_before_it_is_saved(stage, quantity, spoil, mode
         return loss
 
     if stage == "sft":
-        monkeypatch.setattr(lm, "masked_mean", spoiled(lm.masked_mean))
-        line = stopped_by(run, lambda: lm.train_sft(
+        monkeypatch.setattr(sft, "masked_mean", spoiled(sft.masked_mean))
+        line = stopped_by(run, lambda: sft.train_sft(
             run, model, QUERIES, [[7, 2, 9]] * 16, 0,
             SimpleNamespace(micro_batch_size=0, sft_lr=1e-2, sft_batch_size=2, sft_epochs=1)))
     else:
         monkeypatch.setattr(reward, "preference_loss", spoiled(reward.preference_loss))
         line = stopped_by(run, lambda: reward.train_reward(
             run, network, [(q, [1, 7, 9], [1, 2, 9]) for q in QUERIES], 0,
-            SimpleNamespace(micro_batch_size=0, reward_lr=1e-2, reward_batch_size=2, reward_epochs=1)))
+            SimpleNamespace(micro_batch_size=0, reward_lr=1e-2, reward_batch_size=2,
+                            reward_epochs=1)))
     assert line.startswith(f"{stage} step 2: {quantity} is NaN or infinite")
     tensors, state = saved_weights(run, stage)
     assert state["step"] == 2 and [json.loads(row)["step"] for row in state["lines"]] == [0, 1]
@@ -427,7 +498,7 @@ def test_nan_in_ppo_is_undone_even_in_the_middle_of_a_step(name, place, model, t
 
     # four epochs a step: call 7 is the third epoch of step 1, after two updates
     if name == "score":
-        monkeypatch.setattr(reward.RewardModel, "score", spoiled(reward.RewardModel.score, 2))
+        monkeypatch.setattr(ppo, "final_scores", spoiled(ppo.final_scores, 2))
     else:
         which = name.replace("gradient", "loss")
         monkeypatch.setattr(ppo, which, spoiled(getattr(ppo, which), 7))
@@ -474,13 +545,13 @@ def row(step, **changes):
 def test_a_policy_that_runs_away_or_collapses_is_said_once(changes, words, tmp_path, capsys):
     run = new_run(tmp_path / "run")
     run.lines = [json.dumps(row(0))]
-    ppo.warn_of_collapse(run)
+    folder_file.warn_of_collapse(run)
     run.lines.append(json.dumps(row(1, kl_per_summary=39.9, length=5.1, entropy=0.11)))
-    ppo.warn_of_collapse(run)
+    folder_file.warn_of_collapse(run)
     assert not run.warnings
     for step in (2, 3):
         run.lines.append(json.dumps(row(step, **changes)))
-        ppo.warn_of_collapse(run)
+        folder_file.warn_of_collapse(run)
     assert [*run.warnings.values()][0].startswith("ppo step 2: ") and len(run.warnings) == 1
     assert words in [*run.warnings.values()][0]
     assert "".join(capsys.readouterr()).count("warning: ") == 1
@@ -502,7 +573,7 @@ def test_warnings_come_back_with_the_checkpoint(tmp_path):
 def test_an_abstaining_judge_and_a_blind_reward_model_are_in_terminal_and_report(
         tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rlhf_minimal, "load_judge",
-                        lambda *_: lambda posts, a, b: [None] * len(posts))
+                        lambda *_, **__: lambda posts, a, b: [None] * len(posts))
     rlhf_minimal.main(["--fast_dev_run", "--judge", "mute", "--output_dir", str(tmp_path / "run")])
     out = "".join(capsys.readouterr())
     report = (tmp_path / "run" / "report.md").read_text()
@@ -521,12 +592,14 @@ def train_stage(stage, run, model):
     torch.manual_seed(1)  # for the reward model's head
     reward_model = reward.RewardModel(model)
     if stage == "sft":
-        lm.train_sft(run, model, QUERIES, [[7, 2, 9], [3, 9]] * 8, 0,
-                     SimpleNamespace(micro_batch_size=0, sft_lr=1e-2, sft_batch_size=4, sft_epochs=2))
+        sft.train_sft(run, model, QUERIES, [[7, 2, 9], [3, 9]] * 8, 0,
+                     SimpleNamespace(micro_batch_size=0, sft_lr=1e-2, sft_batch_size=4,
+                                     sft_epochs=2))
         changed = [model]
     elif stage == "reward":
         reward.train_reward(run, reward_model, [(q, [1, 7, 9], [1, 2, 9]) for q in QUERIES], 0,
-                            SimpleNamespace(micro_batch_size=0, reward_lr=1e-2, reward_batch_size=4, reward_epochs=2))
+                            SimpleNamespace(micro_batch_size=0, reward_lr=1e-2,
+                                            reward_batch_size=4, reward_epochs=2))
         changed = [reward_model]
     else:
         critic = ppo.train_ppo(run, model, reward_model, QUERIES, TOKENIZER,

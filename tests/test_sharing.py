@@ -1,6 +1,7 @@
-"""Each token once: what is shared, trimmed or split must change no value and no gradient."""
+"""Each token once: what is shared, cut or split must change no value and no gradient."""
 
 import copy
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ from transformers import GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig, Qwe
 
 import lm
 import ppo
-from reward import RewardModel
+from engine.batches import generator_for, pack, unpack
+from engine.settings import ModelConfig
+from reward import RewardModel, final_scores
 
 torch.set_num_threads(1)
 ARCHITECTURES = {
@@ -27,6 +30,25 @@ ARCHITECTURES = {
 QUERIES = [[3, 4, 5, 6], [7], [5, 8]]
 RESPONSES = [[1, 9], [2, 2, 4, 9], [9], [4, 4, 4, 4], [3, 9], [8, 8, 9], [6, 6, 6, 9], [9], [2, 9]]
 K, EOS, PAD = 3, 9, 0
+TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
+
+
+def settings(**changes):
+    """Those of one update of one pass over the nine summaries."""
+    fields = {**vars(ppo.PPOConfig()), **vars(ModelConfig()), "ppo_batch_size": 9,
+              "ppo_episodes": 9, "ppo_epochs": 1, "return_sequences": K, "response_length": 4}
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def summaries():
+    return [RESPONSES[K * i : K * i + K] for i in range(len(QUERIES))]
+
+
+def given_by_query(model, ids, mask, *_, k, **settings):
+    """In place of lm.sample: the summaries above of each query."""
+    by_query = {tuple(q): ys for q, ys in zip(QUERIES, summaries())}
+    rows = [by_query[tuple(row[real].tolist())] for row, real in zip(ids, mask.bool())]
+    return lm.pad([y for ys in rows for y in ys], PAD, left=False)[0]
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -65,7 +87,8 @@ def test_log_probs_of_k_summaries_are_those_of_each_alone(model):
     real = mask[:, -width:].bool()
     weights = torch.arange(1.0, real.sum() + 1, dtype=torch.float64)  # no two tokens count the same
     shared = lm.response_log_probs(model, ids, mask, width, 0.7, K)[real]
-    plain = alone(lambda *inputs: lm.response_log_probs(model, *inputs, 0.7), ids, mask, width)[real]
+    plain = alone(lambda *inputs: lm.response_log_probs(model, *inputs, 0.7), ids, mask, width)
+    plain = plain[real]
     # GPT-J's sines, and the norms of Llama and Qwen2, are float32 inside transformers
     exact = model.config.model_type in ("gpt2", "gpt_neox")
     close(shared, plain, 1e-10 if exact else 1e-8)
@@ -86,16 +109,21 @@ def test_values_and_scores_of_k_summaries_are_those_of_each_alone(model):
     close(gradients((shared * weights).sum(), critic), gradients((plain * weights).sum(), critic),
           1e-10 if exact else 1e-6)
     one_by_one = [critic.score(row[r.bool()][None], r[r.bool()][None]) for row, r in zip(ids, mask)]
-    close(critic.score(ids, mask, width, K), torch.cat(one_by_one), 1e-10 if exact else 1e-6)
+    scores = final_scores(critic, ids, mask, width, K)
+    close(scores, torch.cat(one_by_one), 1e-10 if exact else 1e-6)
 
 
 def test_what_a_summary_may_see():
     # post (pad, a), two summaries of two tokens: by hand, row by row
-    inputs = lm.pack(torch.tensor([[0, 5, 1, 2], [0, 5, 3, 4]]),
-                     torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0]]), 2, 2)
+    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0]])
+    inputs = pack(torch.tensor([[0, 5, 1, 2], [0, 5, 3, 4]]), mask, lm.get_position_ids(mask), 2, 2,
+                  torch.float64)
     assert inputs["input_ids"].tolist() == [[0, 5, 1, 2, 3, 4]]
     assert inputs["position_ids"].tolist() == [[0, 0, 1, 2, 1, 1]]  # the last one is padding
-    sees = (inputs["attention_mask"] == 0).long()
+    bias = inputs["attention_mask"]  # added to the attention scores
+    assert bias.dtype == torch.float64 and set(bias.unique().tolist()) == {
+        0, torch.finfo(torch.float64).min}, "in the model's own precision: 0, or as good as -inf"
+    sees = (bias == 0).long()
     assert sees.tolist() == [[[[1, 0, 0, 0, 0, 0],
                                [0, 1, 0, 0, 0, 0],
                                [0, 1, 1, 0, 0, 0],
@@ -104,20 +132,45 @@ def test_what_a_summary_may_see():
                                [0, 1, 0, 0, 1, 1]]]]
 
 
+def test_one_summary_of_a_post_is_read_in_the_plain_form():
+    ids, mask = torch.tensor([[0, 5, 1, 2]]), torch.tensor([[0, 1, 1, 1]])
+    inputs = pack(ids, mask, lm.get_position_ids(mask), 2, 1)
+    assert {name: x.tolist() for name, x in inputs.items()} == {
+        "input_ids": [[0, 5, 1, 2]], "attention_mask": [[0, 1, 1, 1]],
+        "position_ids": [[0, 0, 1, 2]]}
+    x = torch.arange(6.).view(2, 3)
+    assert torch.equal(unpack(x, 2, 1), x)
+
+
 def test_unpack_gives_each_summary_the_posts_last_place_and_its_own():
-    assert lm.unpack(torch.arange(7)[None], 3, 2).tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
+    assert unpack(torch.arange(7)[None], 3, 2).tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
     deep = torch.arange(14.0).reshape(1, 7, 2)
-    assert torch.equal(lm.unpack(deep, 3, 2)[1], deep[0, [0, 4, 5, 6]])
+    assert torch.equal(unpack(deep, 3, 2)[1], deep[0, [0, 4, 5, 6]])
 
 
-def test_trim_drops_only_what_is_padding_in_every_row():
-    ids = torch.tensor([[0, 0, 4, 1, 9, 0], [0, 3, 4, 9, 0, 0]])
-    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 1, 0, 0]])
-    trimmed, real, width = lm.trim(ids, mask, 3)
-    assert trimmed.tolist() == [[0, 4, 1, 9], [3, 4, 9, 0]] and width == 2
-    assert real.tolist() == [[0, 1, 1, 1], [1, 1, 1, 0]]
-    assert [x if isinstance(x, int) else x.tolist() for x in lm.trim(trimmed, real, 2)] == [
-        trimmed.tolist(), real.tolist(), 2], "nothing to trim"
+@pytest.mark.parametrize("micro_batch_size", [0, 3, 6])
+def test_a_microbatch_has_no_column_that_is_padding_in_every_row(micro_batch_size, monkeypatch):
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES["gpt_neox"]).eval()
+    monkeypatch.setattr(lm, "sample", given_by_query)
+    reward_model = RewardModel(model)
+    batch = ppo.rollout(model, model, reward_model, reward_model, QUERIES, TOKENIZER,
+                        settings(micro_batch_size=micro_batch_size), None)
+    # posts of 4, 1 and 2 tokens; their summaries have 7, 9 and 7: in order 5 + 4, 2 + 4, 4 + 4
+    shapes = {0: [(9, 8, 4)], 3: [(3, 6, 4), (3, 5, 4), (3, 8, 4)], 6: [(6, 6, 4), (3, 8, 4)]}
+    assert [(*part.input_ids.shape, part.mask.shape[1]) for part in batch] == shapes[
+        micro_batch_size]
+    for part in batch:
+        assert part.attention_mask.any(0).all(), "no wider than its longest post and summary"
+        ids, mask, width = part.text
+        assert ids is part.input_ids and mask is part.attention_mask
+        assert torch.equal(part.mask, mask[:, -width:].bool()), "a real token is an action"
+        assert (part.input_ids[mask == 0] == PAD).all()
+        for x in (part.log_probs, part.ref_log_probs, part.values, part.rewards, part.advantages,
+                  part.returns):
+            assert x.shape == part.mask.shape
+        for x in (part.post, part.ended, part.scores, part.kl):
+            assert x.shape == part.mask.shape[:1]
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -125,9 +178,9 @@ def test_k_samples_of_a_post_are_those_of_k_equal_rows(model, temperature):
     model = model.float()
     ids, mask = lm.pad(QUERIES, PAD, left=True)
     settings = {"eos_token_id": EOS, "pad_token_id": PAD, "temperature": temperature}
-    shared = lm.sample(model, ids, mask, 8, **settings, generator=lm.generator_for(1), k=K)
+    shared = lm.sample(model, ids, mask, 8, **settings, generator=generator_for(1), k=K)
     plain = lm.sample(model, ids.repeat_interleave(K, 0), mask.repeat_interleave(K, 0), 8,
-                      **settings, generator=lm.generator_for(1))
+                      **settings, generator=generator_for(1))
     assert torch.equal(shared, plain)
     if temperature:
         assert len({tuple(row) for row in shared[:K].tolist()}) > 1, "k different samples"
@@ -141,42 +194,38 @@ def test_a_whole_update_is_the_same_however_it_is_split(changes, tmp_path, monke
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(ARCHITECTURES["gpt_neox"]).double().eval()
     reward_model = RewardModel(model).double()
-    by_query = {tuple(q): RESPONSES[K * i : K * i + K] for i, q in enumerate(QUERIES)}
 
-    def given(model, ids, mask, *_, k, **settings):
-        chosen = [y for row, real in zip(ids, mask.bool()) for y in by_query[tuple(row[real].tolist())]]
-        return lm.pad(chosen, PAD, left=False)[0]
+    def first_step(k, queries, sample, **changes):
+        gradients_of, metrics = [], []
 
-    def first_step(k, queries, **settings):
-        found = []
-
-        def keep(optimizer, losses, *rest):
-            for loss in losses:
-                loss.backward()
-            found.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups
-                                    for p in g["params"] if p.grad is not None]))
+        @contextmanager
+        def keep(optimizer, *_):
             optimizer.zero_grad()
+            yield SimpleNamespace(add=lambda loss: loss.backward())
+            gradients_of.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups
+                                           for p in g["params"] if p.grad is not None]))
 
-        fields = {**vars(ppo.PPOConfig()), **vars(lm.ModelConfig()), "ppo_batch_size": 9,
-                  "ppo_episodes": 9, "ppo_epochs": 1, "return_sequences": k, "response_length": 4}
-        run = SimpleNamespace(seed=0, steps=lambda *_, **__: [0], log=lambda *_, **m: found.append(m),
+        run = SimpleNamespace(seed=0, steps=lambda *_, **__: [0],
+                              log=lambda *_, **named: metrics.append(named),
                               history=lambda stage: [{"kl_per_summary": 0, "length": 1,
                                                       "entropy": 1}])
-        monkeypatch.setattr(ppo, "update", keep)
-        monkeypatch.setattr(ppo, "sample", given if k > 1 else given_one)
-        ppo.train_ppo(run, copy.deepcopy(model), copy.deepcopy(reward_model), queries,
-                      SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD),
-                      SimpleNamespace(**{**fields, **settings}))
-        return found
+        monkeypatch.setattr(ppo, "one_step", keep)
+        monkeypatch.setattr(lm, "sample", sample)
+        ppo.train_ppo(run, copy.deepcopy(model), copy.deepcopy(reward_model), queries, TOKENIZER,
+                      settings(return_sequences=k, **changes))
+        (policy, critic), (metrics,) = gradients_of, metrics
+        return policy, critic, metrics
 
-    left = {q: list(ys) for q, ys in by_query.items()}
+    left = {tuple(q): list(ys) for q, ys in zip(QUERIES, summaries())}
 
-    def given_one(model, ids, mask, *_, k, **settings):
+    def one_by_one(model, ids, mask, *_, k, **settings):
         return lm.pad([left[tuple(row[real].tolist())].pop(0)
                        for row, real in zip(ids, mask.bool())], PAD, left=False)[0]
 
-    plain = first_step(1, [q for q in QUERIES for _ in range(K)])  # nothing shared, nothing split
-    split = first_step(K, QUERIES, **changes)
+    # nothing shared, nothing split
+    plain = first_step(1, [q for q in QUERIES for _ in range(K)], one_by_one)
+    assert not any(left.values()), "each summary was used once"
+    split = first_step(K, QUERIES, given_by_query, **changes)
     for a, b in zip(split[:2], plain[:2]):
         close(a, b, 1e-9)
     for name in ("reward", "kl_per_summary", "length", "entropy", "policy_loss", "value_loss",

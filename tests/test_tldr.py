@@ -7,7 +7,6 @@ import copy
 import json
 import random
 import runpy
-import time
 from pathlib import Path
 
 import datasets
@@ -17,8 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, tokenization_utils_base
 
 import tldr
-from tldr import (DataError, build_prompt, divide_by_post, encode_prompt, load_comparisons,
-                  load_posts, truncate_post, without_posts_of)
+from engine import rows as engine_rows
+from tldr import (DataError, build_prompt, divide_by_post, encode_prompt, encode_prompts,
+                  load_both_splits, load_comparisons, load_posts, truncate_post, without_posts_of)
 
 
 def comparison(post="My cat took my seat.\nWhat now?", choice=0, split="train", **changes):
@@ -203,16 +203,66 @@ def test_nothing_is_added_in_front(tokenizer):
 
 
 @pytest.mark.parametrize("separator", [" ", "\n"])
-def test_ten_thousand_words_are_cut_quickly_and_without_warning(tokenizer, separator, monkeypatch):
+def test_ten_thousand_words_are_cut_without_warning(tokenizer, separator, monkeypatch):
     said = []
     tokenizer.deprecation_warnings.clear()  # where a tokenizer keeps that it has said it once
     monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda *args: said.append(args))
     long = {"title": "t", "post": separator.join(["seat"] * 10_000)}
-    start = time.perf_counter()
-    ids = encode_prompt(long, tokenizer, 512)
-    assert time.perf_counter() - start < 1
-    assert 505 <= len(ids) <= 512
+    assert 505 <= len(encode_prompt(long, tokenizer, 512)) <= 512
     assert said == []  # the tokenizer's own "sequence length is longer than the maximum"
+
+
+MEGABYTES = {"no newline": "ab" * 1_500_000, "words": "seat " * 600_000,
+             "lines": "my cat took my seat\n" * 150_000,
+             "one line, then it": "hi\n" + "x" * 3_000_000}
+
+
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_three_megabytes_are_asked_about_a_few_times_and_never_whole(name):
+    asked = []
+
+    def fits(text):  # one character = one token
+        asked.append(len(text))
+        return len(text) <= 500
+
+    text = MEGABYTES[name]
+    cut = truncate_post(text, fits)
+    assert cut == (text[:500] if "\n" not in text else text[: text[:501].rindex("\n")])
+    # 10 doublings to 512, 8 bisections below it, 64 characters beyond it and the one that fits
+    assert len(asked) <= 100 and max(asked) <= 1000
+
+
+@pytest.mark.parametrize("name", MEGABYTES)
+def test_three_megabytes_are_never_tokenized_whole(tokenizer, name):
+    asked = []
+
+    def counted(texts, **settings):
+        asked.extend(map(len, [texts] if isinstance(texts, str) else texts))
+        return tokenizer(texts, **settings)
+
+    huge, short = {"title": "t", "post": MEGABYTES[name]}, {"title": "t", "post": "the cat"}
+    ids = encode_prompts([short, huge], counted, 512)
+    assert len(asked) <= 120 and max(asked) <= 32 * 512 + 100
+    assert ids == [encode_prompt(each, tokenizer, 512) for each in (short, huge)]
+    assert tokenizer.decode(ids[1]).endswith("\n\nTL;DR:")
+
+
+def test_a_title_that_leaves_no_room_is_not_tokenized_again_and_again():
+    asked = []
+    assert truncate_post("x" * 1000, lambda text: asked.append(text)) is None
+    assert asked == [""]
+
+
+def test_a_post_of_few_tokens_is_kept_whole_however_long():
+    """As where a tokenizer takes a run of spaces for one token: characters say nothing for sure."""
+    def one_token_a_word(texts, **settings):
+        rows = [text.split() for text in ([texts] if isinstance(texts, str) else texts)]
+        return {"input_ids": rows[0] if isinstance(texts, str) else rows}
+
+    long = {"subreddit": "pets", "title": "t", "post": "a" + " " * 5000 + "b"}
+    for rows in (encode_prompts([long], one_token_a_word, 9),
+                 [encode_prompt(long, one_token_a_word, 9)]):
+        assert rows == [["SUBREDDIT:", "r/pets", "TITLE:", "t", "POST:", "a", "b", "TL;DR:"]]
 
 
 # ---------------------------------------------------------------------------- comparisons
@@ -262,7 +312,7 @@ def test_a_split_without_rows_is_empty_not_an_error(write, capsys):
 
 @pytest.mark.parametrize("load", [load_posts, load_comparisons])
 @pytest.mark.parametrize("settings", [{"split": "test"}, {"split": "valid1"}, {"split": None},
-                                      {"limit": 0}, {"limit": -1}])
+                                      {"split": ("train", "test")}, {"limit": 0}, {"limit": -1}])
 def test_bad_split_or_limit(write, load, settings):
     with pytest.raises(ValueError, match="split .* limit"):
         load(write([comparison()]), **settings)
@@ -667,6 +717,36 @@ def test_both_sides_have_a_post(share):
 @pytest.mark.parametrize("rows", [[], rows_of("a"), rows_of("a", "a\n"), [post("a")]])
 def test_one_post_cannot_be_divided(rows):
     assert "different posts" in message(divide_by_post, rows)
+
+
+def test_both_splits_are_those_of_the_source_which_is_read_once(write, capsys, monkeypatch):
+    names = ["train", "valid1", None, "valid2", "train", "test"]
+    path = write([comparison(f"post {i}", i % 2, name) for i, name in enumerate(names)])
+    train, validation = load_comparisons(path, "train"), load_comparisons(path, "validation")
+    said, read, checked = capsys.readouterr().out, [], []
+    read_rows, check_comparison = engine_rows.read_rows, tldr.check_comparison
+    monkeypatch.setattr(engine_rows, "read_rows", lambda source: (
+        read.append(source) or read_rows(source)))
+    monkeypatch.setattr(tldr, "check_comparison", lambda row: (
+        checked.append(row) or check_comparison(row)))
+    assert load_both_splits(load_comparisons, path, seed=0) == (train, validation)
+    assert read == [path] and len(checked) == 6
+    assert [len(train), len(validation)] == [3, 2]
+    assert capsys.readouterr().out == said == (  # a line for each split, as if read twice
+        f"{path}: 3 of 6 rows used; left out: 3 in another split\n"
+        f"{path}: warning: every choice is 0: position alone explains them\n"
+        f"{path}: 2 of 6 rows used; left out: 4 in another split\n"
+        f"{path}: warning: every choice is 1: position alone explains them\n")
+
+
+@pytest.mark.parametrize("name", ["train", "valid1"])
+def test_a_source_with_one_split_is_divided_by_post(write, name):
+    path = write([post(f"post {i % 20}", split=name) for i in range(40)])
+    train, validation = load_both_splits(load_posts, path, seed=3)
+    assert (train, validation) == divide_by_post(load_posts(path, "all"), seed=3)
+    assert len(train) == 36 and len(validation) == 4
+    found = message(load_both_splits, load_posts, write([post()], "one.jsonl"), 0)
+    assert "one.jsonl: expected 2 or more different posts" in found
 
 
 def test_without_posts_of():

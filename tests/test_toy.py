@@ -140,14 +140,26 @@ def test_nobody_waits_for_a_perfect_writer_to_fail(monkeypatch):
 
 def test_more_posts_than_there_are_is_refused(monkeypatch):
     # two people, one pair of asides, six sentences in any order
-    monkeypatch.setattr(toy, "FACTS", {"who": ("boss", "sister"), "did": ("sold",), "what": ("car",),
-                                       "feels": ("hurt",), "asks": ("sue",)})
+    monkeypatch.setattr(toy, "FACTS", {"who": ("boss", "sister"), "did": ("sold",),
+                                       "what": ("car",), "feels": ("hurt",), "asks": ("sue",)})
     monkeypatch.setattr(toy, "WRONG", 0)  # there is no other value to get wrong
     monkeypatch.setattr(toy, "ASIDES", toy.ASIDES[:2])
     assert toy.number_of_posts() == 2 * 1 * 720
     assert len({post["post"] for post in toy.make_posts(720, 0)}) == 720
     with pytest.raises(ValueError, match="can't give 721 different posts, at most 720: lower toy_"):
         toy.make_posts(721, 0)
+
+
+def test_nobody_waits_for_posts_that_do_not_come(monkeypatch):
+    # one value four times: four times as many posts by count, and no more that are different
+    monkeypatch.setattr(toy, "FACTS", {"who": ("boss",) * 4, "did": ("sold",), "what": ("car",),
+                                       "feels": ("hurt",), "asks": ("sue",)})
+    monkeypatch.setattr(toy, "WRONG", 0)
+    monkeypatch.setattr(toy, "ASIDES", toy.ASIDES[:2])
+    monkeypatch.setattr(toy, "DRAWS", 3)
+    with pytest.raises(ValueError, match="can't give 1440 different posts"):
+        toy.make_posts(1440, 0)
+    assert toy.make_posts(0, 0) == []
 
 
 @pytest.mark.slow
@@ -163,7 +175,7 @@ def test_two_million_confused_pairs():
 
 
 def world_of(seed):
-    """Of the data of a default run, the posts that are compared and the pairs that need no model."""
+    """Of a default run's data, the posts that are compared and the pairs that need no model."""
     posts = toy.make_posts(500 + 3000 + 24000, seed)  # held out, compared, and no more than that
     return len(toy.make_comparisons(posts[-12000:], [], [], f"train {seed}"))
 

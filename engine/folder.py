@@ -1,7 +1,7 @@
 """What any long run needs and no equation mentions: folder, checkpoints, resume, progress.
 
 A run that is killed at any moment and resumed ends bit for bit where it would have ended: nothing
-random has a state (lm.generator_for); what is no training loop is simply done again, since it
+random has a state (batches.generator_for); what is no training loop is simply done again, since it
 depends on seed and weights alone; and each training loop takes its steps from `Run.steps`, which
 first puts weights, optimisers and metrics back as the last checkpoint has them.
 """
@@ -12,243 +12,27 @@ import math
 import mmap
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-import urllib.request
 from contextlib import contextmanager
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
-import huggingface_hub
 import torch
-import torch.distributed as dist
 from filelock import FileLock, Timeout
-from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
 
+from engine.processes import agreed, gather, rank
+from engine.settings import SettingError
 
-class SettingError(ValueError):
-    """Something the user typed, in one line: what it was, what was expected, what to do."""
-
-
-# ---------------------------------------------------------------------------- several processes
-# `torchrun --nproc_per_node N rlhf_minimal.py ...`: each process has all models and its share of
-# each batch; gradients are summed by torch.distributed, and what is summed is never an average of
-# averages, so N processes take the step that one process would take on the same batch.
-# What is no training step (comparisons of the tiny world, judging, measuring) each process does for
-# itself, from the same seed and the same weights (sums are equal to the last bit on all of them, so
-# are Adam's steps): they get the same texts and numbers, and only the first one writes them.
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def n_processes():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def start_processes():
-    """This process's device; under torchrun also the group that sums and gathers talk in."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "RANK" in os.environ:
-        if device == "cuda":
-            torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=1))
-        if rank():
-            sys.stdout = open(os.devnull, "w")  # one voice
-    return device
-
-
-def sum_over_processes(*tensors):
-    """Replace each tensor by its sum over the processes; returns the first."""
-    for tensor in tensors if n_processes() > 1 else ():
-        dist.all_reduce(tensor)
-    return tensors[0]
-
-
-def gather(tensor):
-    """The tensors that the processes have here, which may differ in length, in order of rank."""
-    tensors = [tensor]
-    if n_processes() > 1:
-        tensors = [None] * n_processes()
-        dist.all_gather_object(tensors, tensor.cpu())
-    return [part.to(tensor.device) for part in tensors]
-
-
-@contextmanager
-def agreed():
-    """What goes wrong with one process in this block ends all of them, after it, with the same
-    exception; alone it would leave the others waiting at their next sum. No sum or gather inside.
-    """
-    error = None
-    try:
-        yield
-    except Exception as found:
-        error = found
-    faults = [None] * n_processes()
-    if n_processes() > 1:
-        dist.all_gather_object(faults, error and (type(error), str(error)))
-    for kind, text in filter(None, () if error else faults):
-        raise kind(text)
-    if error:
-        raise error
-
-
-# ---------------------------------------------------------------------------- from the hub
-
-FAULTS = (  # what an error says: what to do about it; the first three may meet a local folder too
-    ("No space left|Not enough disk|quota",
-     "free some space, or set HF_HOME to a folder on a larger disk"),
-    ("custom code", "it comes with code of its own, which is never run here: pass another one"),
-    ("backend tokenizer", "name the tokenizer of its base model with --tokenizer"),
-    ("gated", "accept its licence on https://huggingface.co/{name} and log in: hf auth login"),
-    ("not a valid model identifier|DatasetNotFound|RepositoryNotFound|40[14] Client",
-     "no such repository, or a private one: check the id, or log in with hf auth login"),
-    ("npickl|SafetensorError|header|RemoteProtocol|ArrowInvalid|Parquet|Consistency|EOFError",
-     "its download is damaged or was cut short: delete {cache} and try again"),
-    ("does not appear to have|no file named|Unrecognized model|EntryNotFound",
-     "the repository, or half a download of it, lacks that file: try again with a network, or pass "
-     "another one, or a local folder that has it"),
-    ("connect|reach|offline|timed out|Timeout|resolve|outgoing|Cannot find|LocalEntry",
-     "the hub can't be reached and the cache hasn't got it: check the network, or pass a local "
-     "folder or file"),
-)
-
-
-def from_hub(load, name, *path, **settings):
-    """load(name, or another path, **settings) of transformers or datasets; one line about name, as
-    a SettingError, if it fails."""
-    try:
-        return load(*path or [name], **settings)
-    except Exception as error:  # network, login, disk, damaged files: exceptions of many libraries
-        texts = []
-        while error:  # what it says, and what caused it: `datasets` hides that a disk is full
-            texts.append(f"{type(error).__name__}: {' '.join(str(error).split())}")
-            error = error.__cause__
-        hub = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", str(name)) and not Path(name).exists()
-        faults, other = ((FAULTS, "check the name; if it is right, delete {cache} and try again")
-                         if hub else (FAULTS[:3], "check that file or folder"))
-        text, advice = next(((text, do) for text in texts for sign, do in faults
-                             if re.search(sign, text.replace(str(name), ""))), (texts[0], other))
-        cache = f"{HF_HUB_CACHE}/*--{str(name).replace('/', '--')}"
-        # not the whole text: torch's advice after a failed load is to load without its safety
-        raise SettingError(f"{name}: not readable, {text.split('. ')[0][:150]}; "
-                           + advice.format(name=name, cache=cache)) from None
-
-
-def go_offline_unless_reachable():
-    """Ask the hub once, for ten seconds; without an answer the libraries use the cache alone,
-    instead of trying again for minutes."""
-    try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # an answer
-    except OSError:
-        import datasets
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-
-
-# ---------------------------------------------------------------------------- memory
-
-
-def memory_plan(settings, model_config, judge_config=None, device="cuda"):
-    """Bytes that PPO will need at most, by use, from the configs alone, before anything is loaded:
-    {"weights": ..., "trained": ..., "activations": ..., "logits": ..., "cache": ..., "judge": ...}.
-
-    Adapters: policy and critic in half precision, frozen, and 16 bytes for each adapter weight
-    (value, gradient, two averages of Adam, float32). All weights: 16 bytes for each of the policy
-    and the critic, 4 for each of the reference and the reward model.
-    """
-    def empty(config):
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-
-    model, c = empty(model_config), model_config
-    n, n_trunk, d = model.num_parameters(), model.base_model.num_parameters(), c.hidden_size
-    head, on_cpu = d + 1, device == "cpu"
-    half = 4 if on_cpu else 2  # half precision is slow on a CPU, nothing is computed in it there
-    # a matrix (i, o) has adapters (i, r) and (r, o); all of them but the one that makes the scores
-    adapters = settings.lora_rank * sum(
-        sum(module.weight.shape) for module in model.modules()
-        if isinstance(module, (torch.nn.Linear, Conv1D))
-        and module is not model.get_output_embeddings())
-    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-    width = heads * (getattr(c, "head_dim", None) or d // c.num_attention_heads)
-    length = settings.query_length + settings.response_length
-    rows = settings.micro_batch_size or settings.ppo_batch_size // settings.ppo_minibatches
-    sampled = settings.rollout_batch_size or settings.ppo_batch_size
-    # Bytes of a token in a layer, over d. Its input, and all that backward needs: 37 - 63 measured
-    # for GPT-2, GPT-J, GPT-NeoX and Llama with bfloat16 products, 74 - 107 in float32 (34 would do
-    # with every operation fused; Korthikanti et al. 2022, eq. 2).
-    stored, inner = half if settings.lora_rank else 4, 108 if on_cpu else 64
-    layers = c.num_hidden_layers
-    if settings.checkpoint_activations:
-        activations = rows * length * d * (layers * stored + inner)
-    else:  # backward also needs the copies of float32 weights that the products were made with
-        activations = (rows * length * d * layers * inner
-                       + (0 if on_cpu or settings.lora_rank else 2 * n))
-    undo = 12 if on_cpu else 0  # Run.steps(snapshot=True) keeps values and averages in this memory
-    return {
-        "weights": (half * (n + n_trunk) + 4 * head if settings.lora_rank
-                    else 4 * 2 * (n + n_trunk + head)),
-        "trained": ((16 + undo) * (2 * adapters + head) if settings.lora_rank
-                    else (12 + undo) * (n + n_trunk + head)),
-        "activations": activations,
-        # three times in float32, as scores, over the temperature, and as log-softmax (the backward
-        # pass needs no more), once in bfloat16, as they come, and once more where lm.unpack copies
-        "logits": rows * (settings.response_length + 1) * c.vocab_size
-                  * ((12 if on_cpu else 14) + 4 * (settings.return_sequences > 1)),
-        # with all weights in float32, keys are turned in float32 and values stay in bfloat16
-        "cache": sampled * length * layers * width * (2 * half if settings.lora_rank or on_cpu
-                                                      else 4 + 2),
-        "judge": half * empty(judge_config).num_parameters() if judge_config else 0,
-    }
-
-
-def available_memory(device):
-    """Free bytes on the device, and its name."""
-    if device != "cpu":
-        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
-    if not hasattr(os, "sysconf"):  # Windows tells it otherwise
-        return math.inf, "this CPU"
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free / n_processes(), "this CPU"
-
-
-def peak_of(plan):
-    """The bytes of a memory_plan at a time: the cache and what an update needs take turns."""
-    return sum(plan.values()) - min(plan["cache"], plan["activations"] + plan["logits"])
-
-
-def check_memory(plan, available, where):
-    """Print the plan; SettingError with what would make it fit if it doesn't."""
-    total = peak_of(plan)
-    parts = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in plan.items())
-    print(f"memory: about {total / 2**30:.1f} GiB ({parts}) of {available / 2**30:.1f} on {where}")
-    if total > available:
-        cures = {"weights": "a smaller --sft_model", "trained": "--lora_rank 16",
-                 "activations": "--checkpoint_activations, a smaller --micro_batch_size",
-                 "logits": "a smaller --micro_batch_size", "judge": "a smaller --judge",
-                 "cache": "a smaller --rollout_batch_size"}
-        largest = sorted(plan, key=plan.get, reverse=True)[:3]
-        raise SettingError(f"about {total / 2**30:.0f} GiB are needed and {where} has "
-                           f"{available / 2**30:.0f}; what would help: "
-                           + "; ".join(cures[name] for name in largest))
-
-
-# ---------------------------------------------------------------------------- may we write there?
 
 OURS = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.md", "curves.png",
         "sft", "reward_model", "policy", "critic", "checkpoints", ".partial", ".lock")
+
+
 MAY_DIFFER = {"resume", "restart", "output_dir", "save_seconds", "files", "environment"}
 
 
@@ -264,11 +48,12 @@ def digest(path):
 
 def describe(settings):
     """What config.json holds: settings, versions, and a digest of each file a result depends on."""
-    here = Path(__file__).resolve().parent
-    files = {path.name: path for path in sorted(here.glob("*.py"))}
+    root = Path(__file__).resolve().parent.parent
+    sources = sorted([*root.glob("*.py"), *root.glob("engine/*.py")])
+    files = {path.relative_to(root).as_posix(): path for path in sources}
     files |= {value: Path(value) for key, value in settings.items()
               if isinstance(value, str) and key != "output_dir" and Path(value).exists()}
-    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True)
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=root, capture_output=True)
     return {**settings,
             "files": {name: digest(path) for name, path in files.items()},
             "environment": {"git_commit": commit.stdout.decode().strip() or None,
@@ -314,9 +99,6 @@ def choose_folder(preset, resume):
     return f"runs/{preset}-{max(1, n - 1) if resume else n}"
 
 
-# ---------------------------------------------------------------------------- what is saved
-
-
 def flatten(parts, copy=False):
     """Modules and optimizers by name -> {"policy/head.bias": tensor, "optimizer/0/exp_avg": tensor,
     ...} on the CPU: trainable parameters and Adam's averages."""
@@ -356,10 +138,12 @@ def finite(value):
 class Run:
     """The folder of one run. Stages ask it for their steps and tell it their metrics."""
 
-    def __init__(self, folder, config, restart=False, resume=False, save_seconds=30):
+    def __init__(self, folder, config, restart=False, resume=False, save_seconds=30,
+                 device="cpu"):
         if rank() == 0:
             check_folder(folder, config, restart, resume)
         self.folder, self.seed, self.save_seconds = Path(folder), config["seed"], save_seconds
+        self.device = device
         self.lines, self.warnings, self.seconds = [], {}, {}
         self.stage, self.step, self.before, self.stopping = "start", 0, None, False
         self.started = time.perf_counter()
@@ -546,13 +330,3 @@ def warn_of_collapse(run):
         if last[name] < first[name] / part:
             run.warn(name, f"ppo step {last['step']}: {name} {last[name]:.2g} {unit}, down from "
                      f"{first[name]:.2g}: the policy has collapsed; raise kl_beta or lower ppo_lr")
-
-
-def peak_memory_bytes():
-    """Largest resident memory of this process (Linux counts in KiB, macOS in bytes)."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,84 @@
+"""Several processes that take the step of one.
+
+`torchrun --nproc_per_node N rlhf_minimal.py ...`: each process has all models and its share of each
+batch; gradients are summed by torch.distributed, and what is summed is never an average of
+averages, so N processes take the step that one process would take on the same batch.
+
+What is no training step (comparisons of the tiny world, judging, measuring) each process does for
+itself, from the same seed and the same weights (sums are equal to the last bit on all of them, so
+are Adam's steps): they get the same texts and numbers, and only the first one writes them.
+"""
+
+import functools
+import os
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def n_processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes(device):
+    """This process's device; under torchrun also the group that sums and gathers talk in."""
+    if "RANK" in os.environ:
+        if device == "cuda":
+            torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=1))
+        if rank():
+            sys.stdout = open(os.devnull, "w")  # one voice
+    return device
+
+
+def sum_over_processes(*tensors):
+    """Replace each tensor by its sum over the processes; returns the first."""
+    for tensor in tensors if n_processes() > 1 else ():
+        dist.all_reduce(tensor)
+    return tensors[0]
+
+
+def gather(tensor):
+    """The tensors that the processes have here, which may differ in length, in order of rank."""
+    tensors = [tensor]
+    if n_processes() > 1:
+        tensors = [None] * n_processes()
+        dist.all_gather_object(tensors, tensor.cpu())
+    return [part.to(tensor.device) for part in tensors]
+
+
+@contextmanager
+def agreed():
+    """What goes wrong with one process in this block ends all of them, after it, with the same
+    exception; alone it would leave the others waiting at their next sum. No sum or gather inside.
+    """
+    error = None
+    try:
+        yield
+    except Exception as found:
+        error = found
+    faults = [None] * n_processes()
+    if n_processes() > 1:
+        dist.all_gather_object(faults, error and (type(error), str(error)))
+    for kind, text in filter(None, () if error else faults):
+        raise kind(text)
+    if error:
+        raise error
+
+
+def all_or_none(function):
+    """The function with its whole body within agreed()."""
+    @functools.wraps(function)
+    def together(*arguments, **named):
+        with agreed():
+            return function(*arguments, **named)
+
+    return together

@@ -1,0 +1,369 @@
+"""engine/batches.py on paper: which rows make a step, in what pieces, and what a step does.
+
+Order: random streams, the rows of a step, the pieces of PPO's batches and what their numbers add up
+to, one optimiser step. Several processes are played here by changed sums; real ones are in
+test_processes.py. What is packed side by side is in test_sharing.py.
+"""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_lm import close, t
+
+from engine import batches
+from engine.settings import SettingError
+
+torch.set_num_threads(1)
+
+
+def settings(**changes):
+    return SimpleNamespace(**{"ppo_batch_size": 8, "ppo_minibatches": 1, "return_sequences": 1,
+                              "micro_batch_size": 0, **changes})
+
+
+def processes(monkeypatch, rank, n):
+    monkeypatch.setattr(batches, "rank", lambda: rank)
+    monkeypatch.setattr(batches, "n_processes", lambda: n)
+
+
+# ---------------------------------------------------------------------------- random streams
+
+
+def test_every_use_of_randomness_has_a_stream_of_its_own():
+    before = torch.get_rng_state()
+    draws = [torch.rand((), generator=batches.generator_for(*names)).item() for names in
+             [(0, "ppo", 1), (0, "ppo", 1), (0, "ppo", 2), (1, "ppo", 1), (0, "reward", 1), (0,)]]
+    assert draws[0] == draws[1] and len(set(draws)) == 5
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_two_processes_and_no_two_steps_draw_from_one_stream(monkeypatch):
+    draws = []
+    for step in range(4):
+        for rank in range(3):
+            processes(monkeypatch, rank, 3)
+            draws.append(torch.rand((), generator=batches.own_stream(0, "ppo", step, "cpu")).item())
+    assert len(set(draws)) == 12
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_check_finite_names_what_is_not(wrong):
+    batches.check_finite("KL", t([1e300, -1e300, 0]))
+    with pytest.raises(FloatingPointError, match="^KL is NaN or infinite$"):
+        batches.check_finite("KL", t([1, wrong, 3]))
+
+
+# ---------------------------------------------------------------------------- rows of a step
+
+
+def test_epochs_are_shuffled_and_cut_into_batches():
+    """Ten rows in batches of three: three steps an epoch, nine rows once each, one left over."""
+    assert batches.steps_per_epoch(10, 3, "sft") == (3, 3)
+
+    def rows(step, seed=5, stage="sft"):
+        return batches.rows_of_step(step, 10, 3, seed, stage)
+
+    of_steps = [rows(step) for step in range(6)]
+    assert [len(batch) for batch in of_steps] == [3] * 6
+    epochs = [sum(of_steps[:3], []), sum(of_steps[3:], [])]
+    for epoch in epochs:
+        assert len(set(epoch)) == 9 and set(epoch) <= set(range(10))
+    assert epochs[0] != epochs[1] and rows(4) == of_steps[4], "a step has its rows, whenever asked"
+    for seed, stage in ((6, "sft"), (5, "reward")):
+        others = [rows(step, seed, stage) for step in range(3)]
+        assert others != of_steps[:3], "an order for each seed and stage"
+
+
+def test_fewer_rows_than_a_batch_are_one_batch():
+    assert batches.steps_per_epoch(2, 3, "sft") == (1, 2)
+    assert all(sorted(batches.rows_of_step(step, 2, 2, 5, "sft")) == [0, 1] for step in range(4))
+    assert batches.steps_per_epoch(1, 1, "sft") == (1, 1)
+    assert batches.rows_of_step(0, 1, 1, 5, "sft") == [0]
+
+
+def test_each_process_needs_a_row(monkeypatch):
+    processes(monkeypatch, 0, 3)
+    assert batches.steps_per_epoch(10, 3, "reward") == (3, 3)
+    for n_rows, batch_size in ((10, 2), (2, 8)):
+        with pytest.raises(SettingError, match="reward: a batch of 2 rows .* 3 processes.*"
+                                               "raise reward_batch_size"):
+            batches.steps_per_epoch(n_rows, batch_size, "reward")
+
+
+@pytest.mark.parametrize("size, parts", [
+    (0, [[7, 3, 8, 1, 5]]), (2, [[7, 3], [8, 1], [5]]), (5, [[7, 3, 8, 1, 5]]),
+    (9, [[7, 3, 8, 1, 5]])])
+def test_microbatches_are_the_rows_in_order(size, parts):
+    assert batches.microbatches([7, 3, 8, 1, 5], settings(micro_batch_size=size)) == parts
+
+
+def test_microbatches_of_two_processes_are_all_rows(monkeypatch):
+    processes(monkeypatch, 0, 2)
+    assert batches.microbatches([7, 3, 8, 1, 5], settings(micro_batch_size=2)) == [[7, 8], [5]]
+    processes(monkeypatch, 1, 2)
+    assert batches.microbatches([7, 3, 8, 1, 5], settings(micro_batch_size=2)) == [[3, 1]]
+    assert batches.microbatches([7, 3, 8, 1, 5], settings()) == [[3, 1]], "0: all at once"
+
+
+# ---------------------------------------------------------------------------- PPO's batches
+
+
+def test_posts_of_an_update(monkeypatch):
+    assert batches.posts_per_update(settings()) == 8
+    assert batches.posts_per_update(settings(return_sequences=4)) == 2
+    processes(monkeypatch, 1, 2)
+    assert batches.posts_per_update(settings(return_sequences=2)) == 4, "of all processes"
+    with pytest.raises(SettingError, match="--ppo_batch_size 6: 3 posts .* 2 processes"):
+        batches.posts_per_update(settings(ppo_batch_size=6, return_sequences=2))
+    with pytest.raises(SettingError, match="--ppo_minibatches 5: expected at most the 4 posts"):
+        batches.posts_per_update(settings(ppo_minibatches=5))
+    assert batches.posts_per_update(settings(ppo_minibatches=4)) == 8
+
+
+def test_own_queries_go_through_all_posts_again_and_again(monkeypatch):
+    config = settings(ppo_batch_size=4)
+    updates = [batches.own_queries(list("abcdef"), update, config) for update in range(3)]
+    assert ["".join(update) for update in updates] == ["abcd", "efab", "cdef"]
+    shares = []
+    for rank in range(2):
+        processes(monkeypatch, rank, 2)
+        shares.append("".join(batches.own_queries(list("abcdef"), 1, config)))
+    assert shares == ["ea", "fb"], "efab, every second one"
+
+
+def test_cut_by_length():
+    lengths = [9, 2, 7, 2, 5, 8]
+    for changes, parts in [
+            # one minibatch, all at once: in the order of the posts
+            ({}, [[0, 1, 2, 3, 4, 5]]), ({"micro_batch_size": 6}, [[0, 1, 2, 3, 4, 5]]),
+            # four rows in memory: 3 + 3 and not 4 + 2; by length (2, 2, 5 and 7, 8, 9)
+            ({"micro_batch_size": 4}, [[1, 3, 4], [2, 5, 0]]),
+            ({"micro_batch_size": 2}, [[1, 3], [4, 2], [5, 0]]),
+            # k rows a post: four rows are two posts; five are two as well; one post at the least
+            ({"micro_batch_size": 4, "return_sequences": 2}, [[1, 3], [4, 2], [5, 0]]),
+            ({"micro_batch_size": 5, "return_sequences": 2}, [[1, 3], [4, 2], [5, 0]]),
+            ({"micro_batch_size": 1, "return_sequences": 3}, [[1], [3], [4], [2], [5], [0]]),
+            # a minibatch that fits is one microbatch: as they come, not by length
+            ({"ppo_minibatches": 2}, [[0, 1, 2], [3, 4, 5]]),
+            ({"ppo_minibatches": 3, "micro_batch_size": 2}, [[0, 1], [2, 3], [4, 5]]),
+            # two minibatches of two microbatches each, though three microbatches would do for all
+            ({"ppo_minibatches": 2, "micro_batch_size": 2}, [[1, 3], [4, 2], [5], [0]])]:
+        config = settings(ppo_batch_size=6 * changes.get("return_sequences", 1), **changes)
+        cut = batches.cut_by_length(lengths, config)
+        assert cut == parts, changes
+
+
+def test_cut_by_length_whatever_the_sizes():
+    for n_posts, k, n_minibatches, rows in itertools.product(range(1, 10), (1, 3), (1, 2, 3),
+                                                             (0, 1, 2, 4, 7, 100)):
+        if n_minibatches > n_posts:
+            continue
+        lengths = [(7 * i) % 10 for i in range(n_posts)]
+        parts = batches.cut_by_length(lengths, settings(
+            ppo_batch_size=n_posts * k, return_sequences=k, ppo_minibatches=n_minibatches,
+            micro_batch_size=rows))
+        named = f"{n_posts} posts, k {k}, {n_minibatches} minibatches, micro_batch_size {rows}"
+        assert sorted(sum(parts, [])) == list(range(n_posts)), f"each post once: {named}"
+        sizes = [len(part) for part in parts]
+        assert max(sizes) - min(sizes) <= 1, f"as equal as can be: {named}"
+        assert k * max(sizes) <= max(k, rows or n_posts * k), f"they fit in memory: {named}"
+        assert len(parts) >= n_minibatches and (
+            len(parts) % n_minibatches == 0 or len(parts) == n_posts), named
+        if len(parts) > n_minibatches:
+            assert [lengths[i] for i in sum(parts, [])] == sorted(lengths), f"by length: {named}"
+
+
+def some_parts(*tokens):
+    """A microbatch with each number of actions, spread over rows of 5."""
+    return [SimpleNamespace(number=i, mask=(torch.arange(5 * 5) < n).view(5, 5))
+            for i, n in enumerate(tokens)]
+
+
+@pytest.mark.parametrize("n_minibatches, sizes", [(1, [6]), (2, [3, 3]), (3, [2, 2, 2]),
+                                                  (4, [2, 2, 1, 1]), (6, [1] * 6)])
+def test_minibatches_take_every_microbatch_once_with_its_share(n_minibatches, sizes):
+    batch = some_parts(3, 1, 12, 7, 20, 5)
+    found = list(batches.minibatches(batch, n_minibatches, batches.generator_for(0)))
+    assert [len(minibatch) for minibatch in found] == sizes
+    parts = [part for minibatch in found for part, _ in minibatch]
+    assert sorted(part.number for part in parts) == list(range(6)), "each microbatch once in a pass"
+    for minibatch in found:
+        total = sum(part.mask.sum().item() for part, _ in minibatch)
+        close(torch.stack([share for _, share in minibatch]),
+              [part.mask.sum().item() / total for part, _ in minibatch],
+              "the share of the minibatch's tokens: not of its rows, not of the batch's", 1e-15)
+        close(sum(share for _, share in minibatch), 1., "shares sum to 1", 1e-12)
+
+
+def test_minibatches_come_in_another_order_each_pass():
+    batch = some_parts(*range(1, 9))
+
+    def order(n_minibatches, *names):
+        generator = batches.generator_for(*names)
+        return [[part.number for part, _ in minibatch]
+                for minibatch in batches.minibatches(batch, n_minibatches, generator)]
+
+    for n_minibatches in (1, 2, 4, 8):
+        passes = [order(n_minibatches, 0, "ppo epoch", 0, epoch) for epoch in range(6)]
+        assert len({str(order) for order in passes}) == 6
+        assert passes[2] == order(n_minibatches, 0, "ppo epoch", 0, 2), "the same when resumed"
+    together = [{frozenset(minibatch) for minibatch in order(2, 0, epoch)} for epoch in range(6)]
+    assert len(set(map(frozenset, together))) > 1, "other microbatches together, too"
+
+
+def test_shares_are_of_the_tokens_of_all_processes(monkeypatch):
+    # 3 and 5 tokens here, 8 elsewhere: 3/16 and 5/16 here
+    monkeypatch.setattr(batches, "sum_over_processes", lambda x: x + 8)
+    (minibatch,) = batches.minibatches(some_parts(3, 5), 1, batches.generator_for(0))
+    assert sorted(share.item() for _, share in minibatch) == [3 / 16, 5 / 16]
+
+
+def test_means_times_their_shares_are_the_mean_in_one_piece():
+    # the mean of 1, 2 and 3 is 2, that of 1 and 5 is 3; in one piece it is 12/5, not 5/2
+    batch = some_parts(3, 2)
+    batch[0].x, batch[1].x = t([1, 2, 3]), t([1, 5])
+    (minibatch,) = batches.minibatches(batch, 1, batches.generator_for(0))
+    close(sum(part.x.mean() * share for part, share in minibatch), 12 / 5, "2.5 is a mean of means")
+
+
+def test_over_all_gives_each_microbatch_its_own_piece():
+    vectors = [t([1, 2]), t([6]), t([3, 4, 8])]  # the mean is 4
+    found = batches.over_all(lambda x: x - x.mean(), vectors)
+    assert [x.tolist() for x in found] == [[-3, -2], [2], [-1, 0, 4]]
+    found = batches.over_all(lambda x: x * torch.arange(len(x)), vectors)
+    assert [x.tolist() for x in found] == [[0, 2], [12], [9, 16, 40]], "in order"
+
+
+@pytest.mark.parametrize("rank, expected", [(0, [[-5, -4], [0]]), (1, [[4], [6, -1]])])
+def test_over_all_processes(rank, expected, monkeypatch):
+    # 1, 2, 6 on the first process and 10, 12, 5 on the second: the mean is 6
+    everybody = [t([1, 2, 6]), t([10, 12, 5])]
+    own = [[t([1, 2]), t([6])], [t([10]), t([12, 5])]][rank]
+    processes(monkeypatch, rank, 2)
+    monkeypatch.setattr(batches, "gather", lambda x: everybody)
+    assert torch.equal(torch.cat(own), everybody[rank])
+    found = batches.over_all(lambda x: x - x.mean(), own)
+    assert [x.tolist() for x in found] == expected
+
+
+def test_over_all_where_processes_have_unequally_many(monkeypatch):
+    everybody = [t([3]), t([1, 1, 1]), t([2, 4])]  # the mean is 2
+    processes(monkeypatch, 2, 3)
+    monkeypatch.setattr(batches, "gather", lambda x: everybody)
+    (found,) = batches.over_all(lambda x: x - x.mean(), [everybody[2]])
+    assert found.tolist() == [0, 2]
+
+
+def test_mean_of_all(monkeypatch):
+    assert batches.mean_of_all([t([1, 2]), t([6])]) == 3, "over the entries, not 3.75 of means"
+    assert batches.mean_of_all([torch.tensor([True, False, True]), torch.tensor([True])]) == .75
+    assert batches.mean_of_all([torch.tensor([4, 5])]) == 4.5
+    assert isinstance(batches.mean_of_all([t([1])]), float), "a number that JSON can hold"
+    monkeypatch.setattr(batches, "gather", lambda x: [x, torch.tensor([9., 9., 9.])])
+    assert batches.mean_of_all([t([1, 2]), t([6])]) == 6, "36 / 6, all processes together"
+
+
+# ---------------------------------------------------------------------------- one step
+
+
+def two_weights(**momentum):
+    a, b = t([1.]).requires_grad_(), t([1.]).requires_grad_()
+    return a, b, torch.optim.SGD([{"params": [a], "lr": 7.}, {"params": [b], "lr": 9.}], **momentum)
+
+
+def test_one_step_reaches_every_group_and_clips_their_common_norm():
+    # loss 3 a + 4 b: the gradient (3, 4) has norm 5; clipped to 1 it is (.6, .8); a step of .5
+    a, b, optimizer = two_weights()
+    for _ in range(2):  # twice the same step: old gradients are cleared
+        with batches.one_step(optimizer, .5, 1.) as step:
+            step.add((3 * a).sum())
+            step.add((4 * b).sum())
+    close(torch.cat([a, b]), [1 - 2 * .3, 1 - 2 * .4], "lr .5 in every group, the gradient norm "
+          "clipped to 1")
+    assert step.loss == pytest.approx(3 * .7 + 4 * .6), "the sum of the microbatches"
+    with batches.one_step(optimizer, .1) as step:
+        step.add((3 * a + 4 * b).sum())
+    close(torch.cat([a, b]), [.4 - .3, .2 - .4], "a step of .1 (3, 4): old gradients are cleared, "
+          "and without max_grad_norm nothing is clipped")
+
+
+def test_a_small_gradient_is_not_clipped():
+    a, b, optimizer = two_weights()
+    with batches.one_step(optimizer, 1., 5.5) as step:
+        step.add((3 * a + 4 * b).sum())
+    close(torch.cat([a, b]), [-2, -3], "the norm 5 is within 5.5: the gradient as it is")
+
+
+@pytest.mark.parametrize("pieces", [[4], [2, 2], [1, 3], [1, 1, 1, 1]])
+def test_losses_that_are_added_are_one_loss(pieces):
+    x, y = t([[1, 2], [-1, 0], [3, 1], [0, 5]]), t([2, 1, 0, -1])
+    weight = t([.5, -.25]).requires_grad_()
+    optimizer = torch.optim.SGD([weight], lr=0.)
+    # by hand: x w - y = (-2, -1.5, 1.25, -.25), squares 4, 2.25, 1.5625, .0625: mean 1.96875;
+    # gradient 2/4 of x^T (x w - y) = (-2 + 1.5 + 3.75, -4 + 1.25 - 1.25) = (3.25, -4)
+    with batches.one_step(optimizer, .1) as step:
+        for rows in torch.arange(4).split(pieces):
+            step.add((x[rows] @ weight - y[rows]).square().mean() * (len(rows) / 4))
+    close(step.loss, 1.96875, "the mean over all rows")
+    close(weight, [.5 - .1 * 1.625, -.25 + .1 * 2], "a step on the mean over all rows")
+
+
+def test_the_activations_of_a_microbatch_are_free_after_it():
+    a, _, optimizer = two_weights()
+    with batches.one_step(optimizer, .1) as step:
+        loss = (a * a).sum()
+        step.add(loss)
+        assert step.loss is None, "not known before all is added, over all processes"
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
+        assert not step.total.requires_grad
+
+
+@pytest.mark.parametrize("value, slope, text", [
+    (math.nan, 1., "^policy loss is NaN"), (math.inf, 1., "^policy loss is NaN or inf"),
+    (1., math.nan, "^gradient of the policy loss is NaN"), (1., math.inf, "^gradient of the ")])
+def test_what_is_not_finite_leaves_the_weights_as_they_were(value, slope, text):
+    class Given(torch.autograd.Function):
+        @staticmethod
+        def forward(context, x):
+            return x * 0 + value
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * slope
+
+    a, b, optimizer = two_weights(momentum=.9)
+    with pytest.raises(FloatingPointError, match=text):
+        with batches.one_step(optimizer, .1, 1., "policy loss") as step:
+            step.add((3 * b).sum())
+            step.add(Given.apply(a).sum())
+    assert a.item() == b.item() == 1 and not optimizer.state
+    with batches.one_step(optimizer, .1) as step:
+        step.add((3 * a + 4 * b).sum())
+    close(torch.cat([a, b]), [.7, .6], "the next step knows nothing of it")
+
+
+def test_an_error_within_a_step_leaves_the_weights_as_they_were():
+    a, b, optimizer = two_weights()
+    with pytest.raises(RuntimeError, match="the ratio is not 1"):
+        with batches.one_step(optimizer, .1) as step:
+            step.add((3 * a + 4 * b).sum())
+            raise RuntimeError("the ratio is not 1")
+    assert a.item() == b.item() == 1
+
+
+def test_one_step_sums_loss_and_gradients_over_the_processes(monkeypatch):
+    def twice(*tensors):  # another process with the same microbatch
+        for tensor in tensors:
+            tensor *= 2
+
+    monkeypatch.setattr(batches, "sum_over_processes", twice)
+    a, b, optimizer = two_weights()
+    with batches.one_step(optimizer, .1, 5.) as step:
+        step.add((3 * a + 4 * b).sum())
+    assert step.loss == 14
+    close(torch.cat([a, b]), [.7, .6], "(6, 8) clipped to norm 5, a step of .1 (3, 4): the sum is "
+          "clipped, not each one's own")
