@@ -29,8 +29,9 @@ import torch
 from transformers.hf_argparser import HfArg
 
 import toy
-from engine.devices import pick_device, weights_dtype
+from engine.devices import pick_device, pick_dtype
 from engine.models import load_language_model
+from engine.processes import share_out
 from lm import get_position_ids, pad
 from reward import preference_accuracy, preference_loss, score_summaries
 from tldr import build_prompt, truncate_post
@@ -326,7 +327,7 @@ def language_model_judge(model, tokenizer, batch_size=8, min_probability=0.5, ma
     return judge
 
 
-def load_judge(name, score=None, small=False):
+def load_judge(name, score=None, small=False, device=None, dtype=None):
     """JudgeConfig.judge -> a judge; score(posts, summaries) -> floats is for "reward_model".
 
     Raises ValueError on "labeler" or None, and on "reward_model" without a score. small: a model of
@@ -341,9 +342,9 @@ def load_judge(name, score=None, small=False):
         return reward_model_judge(score)
     # Qwen/Qwen2.5-3B-Instruct, the full preset's, is licensed for non-commercial research only;
     # Qwen/Qwen3-4B-Instruct-2507 is under Apache-2.0.
-    device = pick_device()
-    dtype = weights_dtype(device, frozen=True)  # bfloat16 on a GPU, float32 on a CPU
-    tokenizer, model = load_language_model(name, device, dtype, small=small)
+    device = device or pick_device()
+    tokenizer, model = load_language_model(name, device, dtype or pick_dtype("auto", device),
+                                           small=small)
     return language_model_judge(model.requires_grad_(False), tokenizer)
 
 
@@ -357,7 +358,7 @@ def mean_words(summaries):
 def judged(run, judge, name, posts, ours, theirs):
     """Our summaries against theirs: the entry of results.json, and the outcome for each post.
     name is the judge's, and stands beside its numbers."""
-    outcomes = judge_pairwise(judge, posts, ours, theirs)
+    outcomes = share_out(judge_pairwise, judge, posts, ours, theirs)
     counted = win_rate(outcomes)
     answered = counted.total - counted.abstentions
     if not answered:  # NaN in every table, so it has to be said why
@@ -439,8 +440,8 @@ def length_accuracy(pairs):
 
 
 def count_tokens(pairs, vocabulary_size):
-    """(N, V+1): how often each token is in the chosen summary minus in the rejected one, and a tenth
-    of the difference in length (so that one step of Adam moves it no further than the rest)."""
+    """(N, V+1): how often each token is in the chosen summary minus in the rejected one, and a
+    tenth of the difference in length (so that one step of Adam moves it as little as the rest)."""
     counts = [[torch.bincount(torch.tensor(ids), minlength=vocabulary_size).float()
                for ids in summaries] for _, *summaries in pairs]
     gaps = torch.stack([chosen - rejected for chosen, rejected in counts])
@@ -464,11 +465,12 @@ def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
     return preference_accuracy(gaps, torch.zeros_like(gaps))
 
 
-def measure_reward_model(reward_model, pairs, held_out, rows, tokenizer):
+def measure_reward_model(reward_model, pairs, held_out, rows, tokenizer, batch_size=256):
     """What results.json holds about the reward model: its accuracy on the held-out comparisons
     (pairs of token ids, and their rows) beside those of judges that never read the post."""
     queries, better, worse = zip(*held_out)
-    chosen, rejected = (score_summaries(reward_model, queries, side, tokenizer.pad_token_id)
+    chosen, rejected = (score_summaries(reward_model, queries, side, tokenizer.pad_token_id,
+                                        batch_size)
                         for side in (better, worse))
     results = {"reward_accuracy": preference_accuracy(chosen, rejected),
                "reward_accuracy_longest_wins": length_accuracy(held_out),

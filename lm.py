@@ -60,7 +60,7 @@ def zero_off(mask, x):
     """x with zeros where mask is False.
 
     Not x * mask: at padding x may be NaN or infinite, and NaN * 0 is NaN. torch.where never reads
-    what it drops, neither in the value nor in the gradient.
+    what it drops, and passes a gradient of zero to it.
     """
     return torch.where(mask, x, torch.zeros_like(x))
 
@@ -145,7 +145,7 @@ def get_response_mask(responses, eos_token_id):
 
 
 def get_log_probs(logits, labels, temperature=1.0):
-    """log softmax(logits / T)[labels], shifted: logits (B, L, V), labels (B, L) -> (B, L-1).
+    """log softmax(logits / temperature)[labels], shifted: (B, L, V), (B, L) -> (B, L-1).
 
     Column p holds the log-prob (nats) of token p+1 given tokens 0..p. The temperature is the one
     the rollouts are sampled at, so that these are the log-probs of the policy that acted: with any
@@ -153,11 +153,12 @@ def get_log_probs(logits, labels, temperature=1.0):
     Raises ValueError on unequal shapes or a temperature that is not positive.
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} must be labels {tuple(labels.shape)} and V")
+        raise ValueError(f"logits must be (B, L, V) for labels (B, L), got {tuple(logits.shape)} "
+                         f"for {tuple(labels.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     # The last logits predict a token that isn't there; the first token is predicted by none.
-    # float32 at least: bfloat16 has three digits, too coarse for a difference of log-probs.
+    # float32 at least: bfloat16 has two to three digits, too few for a difference of log-probs.
     logits = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))  # (B, L-1, V)
     log_probs = F.log_softmax(logits / temperature, dim=-1)
     return log_probs.take_along_dim(labels[:, 1:, None], -1).squeeze(-1)
@@ -168,7 +169,8 @@ def response_log_probs(model, input_ids, attention_mask, width, temperature=1.0,
 
     The one function behind log pi_old, log pi and log pi_SFT, so that before the first update the
     ratio is 1 and the KL is 0. k > 1: the rows are k summaries of each post, one post after the
-    other; the post is computed once for all k (engine/batches.py), the numbers are the same.
+    other; the post is computed once for all k (engine/batches.py), with the same numbers up to
+    rounding.
     """
     position_ids = get_position_ids(attention_mask)
     inputs = pack(input_ids, attention_mask, position_ids, width, k, model.dtype)
@@ -200,7 +202,7 @@ def next_token(logits, temperature, top_p, generator):
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
 
-# the name of the key-value cache, changed in transformers 5.24
+# The key-value cache is called "past_key_values" before transformers 5.24, "cache" from then on
 CACHE = ("cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
          else "past_key_values")
 
@@ -208,14 +210,14 @@ CACHE = ("cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).param
 @torch.no_grad()
 def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pad_token_id,
            temperature=1.0, top_p=1.0, generator=None, k=1):
-    """Continue left-padded queries (B, Q) one token at a time, each k times: (kB, T) long.
+    """Continue left-padded queries (B, Q) one token at a time, each k times: (kB, T) token ids.
 
     T is the longest response, at most max_new_tokens; what follows an EOS is pad_token_id. Raises
     ValueError on unequal shapes or a number out of range.
 
     Why not `model.generate`: it adds the top-k, top-p and penalties that a checkpoint carries, and
     then get_log_probs would not be those of the distribution that was sampled. Here nothing but
-    temperature and top_p shapes it.
+    temperature and top_p shapes it, and top_p < 1 is for trying things out, never for rollouts.
     """
     check_shapes(input_ids=input_ids, attention_mask=attention_mask)
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
@@ -231,7 +233,8 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
         # finds keys and values of all earlier ones in the cache.
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids,
                   CACHE: cache}
-        logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]  # (B, V)
+        logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        # logits: (rows still being written, V)
         if t == 0 and k > 1:  # the post is computed once, its cache shared out
             logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)
             cache.batch_repeat_interleave(k)
@@ -261,7 +264,11 @@ def encode_response(text, tokenizer, limit):
 
 
 def decode_response(ids, tokenizer):
-    """Token ids up to the first EOS -> text without outer white space."""
+    """Token ids up to the first EOS -> text without outer white space.
+
+    A text no longer says whether it ended. So a summary that was cut at max_new_tokens is judged,
+    and scored outside PPO, as if it had: people, too, were shown a text.
+    """
     eos = tokenizer.eos_token_id
     return tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids).strip()
 
@@ -303,12 +310,13 @@ def linear_schedule(step, total):
 
 
 def cosine_schedule(step, total):
-    """Factor on the learning rate of step = 0 .. total: 1 -> 0 (SFT and reward model, App. B.1)."""
+    """Factor on the learning rate of step = 0 .. total-1: 1 -> nearly 0, which it would be at total
+    (SFT and reward model, App. B.1)."""
     return (1 + math.cos(math.pi * step / total)) / 2
 
 
 if __name__ == "__main__":
-    # One row: query (7, 3), response (5, 9) with EOS = 9; a vocabulary of three for the log-probs
+    # Four token ids of a vocabulary of three, and the logits at each of the four positions
     logits = torch.tensor([[[2.0, 0, 0], [0, 1, 0], [0, 0, 3], [1, 1, 1]]])
     ids = torch.tensor([[0, 1, 2, 1]])
     print("log-probs of tokens 1..3:", get_log_probs(logits, ids).tolist())

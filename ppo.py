@@ -1,29 +1,31 @@
 """PPO against the reward model (Stiennon et al. 2020, section 3.4, appendices B.1 and G.1).
 
 The policy writes summaries, the reward model scores them, a KL penalty holds it to the supervised
-model, and PPO (Schulman et al. 2017) makes what was worth more than expected likelier. Read the
-equations first, each one function; then `rollout`, which gathers all numbers of a batch of
+model, and PPO (Schulman et al. 2017) makes actions that did better than expected more likely. Read
+the equations first, each one function; then `rollout`, which gathers all numbers of a batch of
 summaries, and `train_ppo`, which learns from them. `python ppo.py` prints a worked example.
 
-The paper says nothing about clip ranges, whitening, the value loss, or summaries that never end.
-These are from "the 2019 code" (openai/lm-human-preferences, whose trainer the paper's goes back to)
-and from "N+" (Huang et al. 2024, arXiv 2403.17031, a study of this paper's details); each line says
-which. What differs from the paper on purpose:
+The paper says nothing about clip ranges, whitening, the value loss, minibatches, the temperature of
+rollouts, or summaries that never end. These are from "the 2019 code" (openai/lm-human-preferences,
+by the same group; the trainer of this paper was never released) and from "N+" (Huang et al. 2024,
+arXiv 2403.17031, a study of this paper's details); each line says which. From the paper we differ
+in sizes and rates (PPOConfig). Where it is silent, we differ from both of these, on purpose, in:
 
-- Two optimisers, one for the policy and one for the critic, instead of one on a summed loss. They
-  share no weight, so the gradients are the same; what Adam makes of them is not (value_weight).
-- Gradients are clipped to norm 1, since a tiny model's first batches are wild.
+- Two optimisers, one for the policy and one for the critic, instead of one on a summed loss. No
+  weight is in both losses, so Adam takes the same steps, except for the next point.
+- The gradient of each network is clipped to norm 1, to be safe from single batches.
+- Rollouts are sampled at temperature 1 in the tiny preset (both: 0.7), rewards are not whitened
+  (the 2019 code does), and the score is paid at EOS itself (N+: one place later).
 """
 
-import copy
 import math
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
 from transformers.hf_argparser import HfArg
 
-from engine.adapters import checkpoint_activations, merge_adapter, share_trunks, trainable
+from engine.adapters import checkpoint_activations, copy_network, freeze, trainable
 from engine.batches import check_finite, cut_by_length, generator_for, mean_of_all, minibatches
 from engine.batches import one_step, over_all, own_queries, own_stream
 from engine.folder import warn_of_collapse
@@ -35,25 +37,26 @@ from reward import final_scores, response_scores
 
 @dataclass
 class PPOConfig:
-    # 3e-4 and batches of 64, for a model of 150,000 weights
+    # 3e-4 and batches of 64: so small a model takes larger rates, and learns from fewer summaries
     ppo_lr: float = HfArg(default=3e-4, help="paper: 1.5e-5 (1.3B), linear decay (B.1)")
     ppo_episodes: int = HfArg(default=2560, help="summaries sampled in all; paper: 1M (B.1)")
     ppo_batch_size: int = HfArg(default=64, help="summaries per update; paper: 512 (B.1)")
     ppo_epochs: int = HfArg(default=4, help="passes over each batch; paper: 4 (B.1)")
     ppo_minibatches: int = HfArg(default=1, help="steps per pass; paper silent; 2019 code: 1")
-    return_sequences: int = HfArg(default=1, help="summaries per post; paper silent; notebook: 4")
+    return_sequences: int = HfArg(default=1, help="summaries per post; paper silent")
     kl_beta: float = HfArg(default=0.05, help="weight of the KL penalty; paper: 0.05 (B.1)")
     gamma: float = HfArg(default=1.0, help="discount; paper: 1 (3.4)")
     lam: float = HfArg(default=0.95, help="lambda of GAE; paper: 0.95 (B.1)")
     clip_range: float = HfArg(default=0.2, help="of the ratio; paper silent; 2019 code: 0.2")
     clip_range_value: float = HfArg(default=0.2, help="paper silent; 2019 code: 0.2")
-    # Nearly inert: the critic has an Adam of its own, and Adam divides by the size of the gradient.
-    # From 0.01 to 10 its first step grew from .0177 to .0204.
+    # Nearly inert: no weight is in both losses, so Adam, which divides by the size of the gradient,
+    # takes the factor out again. With 10 in place of 0.01, the first step was .0204 and not .0177.
     value_weight: float = HfArg(default=0.1, help="of the value loss; paper silent; 2019 code: 0.1")
-    missing_eos: float = HfArg(default=-1.0, help="score without EOS; paper silent; N+: -1")
-    temperature: float = HfArg(default=1.0, help="of rollouts; paper silent; N+: 0.7")
+    missing_eos: float = HfArg(default=-1.0, help="score without EOS; paper silent; 2019, N+: -1")
+    temperature: float = HfArg(default=1.0, help="of rollouts; paper silent; 2019, N+: 0.7")
     response_length: int = HfArg(default=48, help="tokens of a summary at most; paper: 48 (3.2)")
     max_grad_norm: float = HfArg(default=1.0, help="paper silent; 2019 code: no clipping")
+    # config, below, is the namespace of all settings: those of memory are in engine/settings.py
 
 
 # ---------------------------------------------------------------------------- the reward, 3.4
@@ -62,8 +65,9 @@ class PPOConfig:
 def penalize_missing_eos(scores, mask_has_eos, value=-1.0):
     """Replace the score of a summary that never ended by `value` (N+ detail 23; paper: silent).
 
-    A reward model has seen ended summaries only. scores, mask_has_eos: (B,) -> (B,). Raises
-    ValueError on unequal shapes.
+    The reward model was trained on summaries that end in EOS, all but the few that were cut, so
+    that its score of one without is a guess. mask_has_eos: has it ended? scores, mask_has_eos: (B,)
+    -> (B,). Raises ValueError on unequal shapes.
     """
     check_shapes(scores=scores, mask_has_eos=mask_has_eos)
     return torch.where(mask_has_eos != 0, scores, torch.full_like(scores, value))
@@ -82,11 +86,13 @@ def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_beta):
         raise ValueError(f"scores {tuple(scores.shape)} must have one entry per row of "
                          f"log_probs, ref_log_probs and mask {tuple(mask.shape)}")
     mask = check_mask(mask, every_row=True)
-    # log_probs - ref_log_probs estimates the KL from this one summary: its mean over summaries is
-    # the KL, a single one may well be negative
-    rewards = -kl_beta * zero_off(mask, zero_off(mask, log_probs) - zero_off(mask, ref_log_probs))
+    # The sum of log_probs - ref_log_probs over a summary is on average the KL. That of a single
+    # summary may well be negative
+    rewards = -kl_beta * zero_off(mask, log_probs - ref_log_probs)
+    # The last action is where the count of actions so far reaches its maximum first
     last = mask.long().cumsum(1).argmax(1, keepdim=True)  # (B, 1)
-    # N+ pays the score one place later, at the first padding: the sum is the same, and so is the KL
+    # N+ pays the score one place later, at the first padding: the sum is the same, and since its
+    # GAE has one step more, the advantages differ a little
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
@@ -116,16 +122,18 @@ def compute_gae(rewards, values, mask, gamma=1.0, lam=0.95):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantages[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0)
         next_value, next_advantage = values[:, t], advantages[:, t]
-    # Of the advantages as they are: whitened ones would scale what the critic is to predict
+    # Returns use the advantages as they are: whitened ones would change the scale of what the
+    # critic learns to predict
     return advantages, zero_off(mask, advantages + values)
 
 
 def whiten(x, mask):
     """(x - mean) / sqrt(variance + 1e-8) over the masked entries of the whole batch, else zero.
 
-    So the size of a step does not depend on the scale of the rewards. Paper silent; the 2019 code
-    and N+ (detail 25) whiten advantages so, with the population variance. 1e-8 keeps a constant
-    input finite. x, mask: (B, T) -> (B, T). Raises ValueError on unequal shapes or an empty mask.
+    So about half of the actions are made more likely, whatever the level of the rewards. Paper
+    silent; the 2019 code and N+ (detail 25) whiten so, with the population variance. 1e-8 keeps a
+    constant input finite. x, mask: (B, T) -> (B, T). Raises ValueError on unequal shapes or an
+    empty mask.
     """
     mean = masked_mean(x, mask)
     mask = mask != 0
@@ -143,8 +151,8 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
         E[ max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range)) ]
 
     Where an action has already become likelier (or less likely) by clip_range than it was when it
-    was sampled, in the direction of its advantage, its gradient is zero: the batch says no more
-    about policies further away. All (B, T) -> the mean over the masked tokens of the batch, and the
+    was sampled, in the direction of its advantage, its gradient is zero: the old samples are not
+    trusted further than that. All (B, T) -> the mean over the masked tokens of the batch, and the
     fraction of them where the clip holds the policy back. Raises ValueError on unequal shapes or an
     empty mask.
     """
@@ -152,13 +160,13 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
     mask = check_mask(mask)
     log_ratio = zero_off(mask, log_probs) - zero_off(mask, old_log_probs)
     advantages = zero_off(mask, advantages)
-    # beyond 88 exp overflows float32, and inf would make the gradient NaN where the clip has won
+    # Beyond 88 exp overflows float32, and inf would make the gradient NaN where the clip has won
     largest = math.floor(math.log(torch.finfo(log_ratio.dtype).max))
     ratio = torch.exp(log_ratio.clamp(max=largest))
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    # The larger loss is the more careful promise. Where the ratio has moved the wrong way, that is
-    # the plain one, and its gradient leads back
+    # The maximum is the pessimistic one of the two. Where the ratio has moved against the
+    # advantage, that is the plain term, and its gradient pulls back
     loss = masked_mean(torch.max(plain, clipped), mask)
     return loss, masked_mean((clipped > plain).to(loss.dtype), mask)
 
@@ -168,17 +176,17 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 
         1/2 E[ max((V - R)^2, (clip(V, V_old - clip_range, V_old + clip_range) - R)^2) ]
 
-    The critic learns to predict the returns, no further than clip_range from what it said when the
-    summaries were sampled. All (B, T) -> the masked mean, and the fraction of tokens where the
+    The critic learns to predict the returns. Once a value has moved by clip_range towards its
+    return, from what it was when the summaries were sampled, it gets no more gradient. All (B, T)
+    -> the masked mean, and the fraction of tokens where the
     clipped term is larger. Raises ValueError on unequal shapes or an empty mask.
     """
     check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
     mask = check_mask(mask)
     values, old_values = zero_off(mask, values), zero_off(mask, old_values)
     returns = zero_off(mask, returns)
-    # The returns stay what they were in all four passes; there is no bootstrapping from new values
     plain = (values - returns) ** 2
-    # not old + clamp(new - old), which is off new by a rounding error where nothing is clipped
+    # Not old + clamp(new - old), which rounds, so that tokens would count as clipped that are not
     near_old = values.clamp(old_values - clip_range, old_values + clip_range)
     clipped = (near_old - returns) ** 2
     loss = 0.5 * masked_mean(torch.max(plain, clipped), mask)
@@ -190,10 +198,10 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 
 @dataclass
 class Microbatch:
-    """Some posts of a batch with all their summaries, and what the update reads of them. b rows: k
+    """Some posts of a batch with all their summaries, and all numbers about them. b rows: k
     summaries of each post, one post after the other; row i is a summary of queries[post[i]]."""
 
-    post: torch.Tensor  # (b,)
+    post: torch.Tensor  # (b,), for figures and tests
     input_ids: torch.Tensor  # (b, Q+T), Q and T as wide as these rows need
     attention_mask: torch.Tensor  # (b, Q+T)
     mask: torch.Tensor  # (b, T) bool: the actions, EOS included
@@ -201,14 +209,14 @@ class Microbatch:
     log_probs: torch.Tensor  # (b, T) of pi_old, the policy that wrote them
     ref_log_probs: torch.Tensor  # (b, T) of pi_SFT
     values: torch.Tensor  # (b, T): V before each action
-    scores: torch.Tensor  # (b,): r(x, y)
+    scores: torch.Tensor  # (b,): r(x, y), or missing_eos where it did not end
     kl: torch.Tensor  # (b,): log pi_old(y|x) / pi_SFT(y|x), nats per summary
-    rewards: torch.Tensor  # (b, T)
-    advantages: torch.Tensor  # (b, T)
+    rewards: torch.Tensor  # (b, T): scores and KL penalty, token by token; for figures and tests
+    advantages: torch.Tensor  # (b, T), whitened by whiten_batch
     returns: torch.Tensor  # (b, T)
 
     @property
-    def text(self):
+    def inputs(self):
         """What a network takes to read these rows: input_ids, attention_mask, T."""
         return self.input_ids, self.attention_mask, self.mask.shape[1]
 
@@ -219,28 +227,27 @@ def response_values(critic, input_ids, attention_mask, width, k=1):
     return response_scores(critic, input_ids, attention_mask, width, k)[:, :-1]
 
 
-@all_or_none
+@all_or_none  # an exception in one process ends all
 @torch.no_grad()
 def rollout(policy, reference, reward_model, critic, queries, tokenizer, config, generator):
     """Sample summaries of the queries (lists of token ids), and gather all numbers about them.
 
-    Returns a list of Microbatch, in the order of length where there are several. Raises
+    Returns a list of Microbatch, sorted by length if a minibatch holds several of them. Raises
     FloatingPointError where a score, a KL or a return is not finite.
     """
     k = config.return_sequences
     # 1. k summaries of each post, y ~ pi_RL(. | x), token by token until EOS ends them (3.4).
-    # All of them are trained on: the best of k would be no sample of pi_old, whose ratio PPO takes.
+    # All k are trained on: keeping the best would not be sampling from pi_old, and bias the ratio.
     responses = sample_responses(policy, tokenizer, queries, config.response_length,
                                  config.temperature, generator, config.rollout_batch_size, k)
     batch = []
-    # The microbatches are cut here, once: what is measured now has the same rows and padding when
-    # it is compared in the update, so that the ratio starts at 1 in any precision (in bfloat16,
-    # other padding alone moves log-probs by up to .18 nats). It restricts the passes a little: they
-    # may shuffle microbatches, not rows.
+    # The microbatches are cut here, once, so that the update sees the same rows and padding, and
+    # the ratio starts at 1 in any precision. (In bfloat16 other padding alone moves log-probs by up
+    # to .18 nats, hence not those of sampling.) The price: a pass shuffles microbatches, not rows.
     lengths = [len(query) + sum(len(y) for y in responses[k * i : k * (i + 1)])
                for i, query in enumerate(queries)]
     for some in cut_by_length(lengths, config):
-        # All k summaries of a post stay together, one row each
+        # All k summaries of a post stay together, one row each. posts, rows: numbers
         posts = [i for i in some for _ in range(k)]  # the post of each row
         rows = [k * i + j for i in some for j in range(k)]
         input_ids, attention_mask, Q = join(
@@ -251,14 +258,13 @@ def rollout(policy, reference, reward_model, critic, queries, tokenizer, config,
         ended = is_eos(input_ids[:, Q:], tokenizer.eos_token_id).any(1)  # (b,)
 
         # 2. The four networks read them.
-        text = input_ids, attention_mask, T
-        log_probs = response_log_probs(policy, *text, config.temperature, k)  # (b, T)
-        ref_log_probs = response_log_probs(reference, *text, config.temperature, k)  # (b, T)
-        values = response_values(critic, *text, k)  # (b, T)
-        scores = final_scores(reward_model, *text, k)  # (b,)
+        inputs = input_ids, attention_mask, T
+        log_probs = response_log_probs(policy, *inputs, config.temperature, k)  # (b, T)
+        ref_log_probs = response_log_probs(reference, *inputs, config.temperature, k)  # (b, T)
+        values = response_values(critic, *inputs, k)  # (b, T)
+        scores = final_scores(reward_model, *inputs, k)  # (b,)
 
-        # 3. R = r - beta log(pi_RL / pi_SFT), token by token (3.4). The score of a summary without
-        # EOS is replaced before it is paid: nobody has been shown a summary that breaks off.
+        # 3. R = r - beta log(pi_RL / pi_SFT), token by token (3.4).
         scores = penalize_missing_eos(scores, ended, config.missing_eos)
         rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_beta)
         kl = zero_off(mask, log_probs - ref_log_probs).sum(1)
@@ -267,15 +273,18 @@ def rollout(policy, reference, reward_model, critic, queries, tokenizer, config,
         advantages, returns = compute_gae(rewards, values, mask, config.gamma, config.lam)
         for name, x in (("reward", scores), ("KL", kl), ("return", returns)):
             check_finite(name, x)
-        batch.append(Microbatch(torch.tensor(posts), input_ids, attention_mask, mask, ended,
-                                log_probs, ref_log_probs, values, scores, kl, rewards, advantages,
-                                returns))
+        batch.append(Microbatch(
+            post=torch.tensor(posts), input_ids=input_ids, attention_mask=attention_mask, mask=mask,
+            ended=ended, log_probs=log_probs, ref_log_probs=ref_log_probs, values=values,
+            scores=scores, kl=kl, rewards=rewards, advantages=advantages, returns=returns))
     return batch
 
 
 def whiten_batch(batch):
     """Whiten the advantages over all actions of the update, of all microbatches and processes."""
-    actions = [part.advantages[part.mask] for part in batch]  # a vector for each
+    # The advantages of each part's actions as one vector, (its number of actions,)
+    actions = [part.advantages[part.mask] for part in batch]
+    # over_all whitens them as one long vector, without any padding, and cuts it again
     for part, white in zip(batch, over_all(lambda x: whiten(x, torch.ones_like(x)), actions)):
         part.advantages = torch.zeros_like(part.advantages).masked_scatter(part.mask, white)
 
@@ -299,78 +308,78 @@ def check_first_update(log_probs, part, tolerance=1e-3):
 # ---------------------------------------------------------------------------- the loop
 
 
-def four_networks(policy, reward_model, critic, config, seed):
-    """The policy to train, its frozen reference, and the critic to train (section 3.4)."""
-    reward_model.requires_grad_(False)
-    if config.lora_rank:  # a departure: adapters, and both pairs share one trunk's frozen weights
-        policy, reference, critic = share_trunks(policy, reward_model, config.lora_rank, seed)
-    else:
-        # pi_SFT is what the policy is now. V starts as the reward model, head and all (3.4), with
-        # weights of its own: in the policy's, its updates could do damage early on (G.1).
-        reference = copy.deepcopy(policy).requires_grad_(False)
-        critic = critic or copy.deepcopy(reward_model).requires_grad_(True)
-    for network in (policy, critic.trunk) if config.checkpoint_activations else ():
-        checkpoint_activations(network)
-    return policy, reference, critic
+def other_networks(policy, reward_model, critic, config):
+    """The policy's frozen reference, and the critic to train (section 3.4); freezes the reward
+    model."""
+    # pi_SFT is what the policy is now. V starts as the reward model, head and all (3.4). It shares
+    # no weight with the policy: early value updates could damage what was pretrained (G.1).
+    reference = freeze(copy_network(policy, "reference"))
+    if critic is None:
+        critic = copy_network(reward_model, "critic")
+    freeze(reward_model)
+    if config.checkpoint_activations:
+        checkpoint_activations(policy)
+        checkpoint_activations(critic.trunk)
+    return reference, critic
 
 
 def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=None, critic=None):
-    """Changes policy in place and returns the critic; pi_SFT and the reward model stay as they are.
+    """Turn the SFT model, policy, into pi_RL, in place; returns the critic. reward_model is frozen.
 
     queries: posts as lists of token ids. They need no summary: PPO learns from its own. evaluate:
-    called as evaluate(update) after each update. critic: one that is no copy of the reward model.
+    called after each update with the number of updates so far. critic: one to start from instead of
+    a copy of the reward model (as in G.1).
     """
-    policy, reference, critic = four_networks(policy, reward_model, critic, config, run.seed)
+    reference, critic = other_networks(policy, reward_model, critic, config)
     # eps: N+; the paper doesn't say. fused: the same step, in one kernel
     policy_adam = torch.optim.Adam(trainable(policy), lr=config.ppo_lr, eps=1e-5, fused=True)
     critic_adam = torch.optim.Adam(trainable(critic), lr=config.ppo_lr, eps=1e-5, fused=True)
     k = config.return_sequences  # summaries of a post
-    T = config.temperature  # one for sampling and for all log-probs
     n_updates = max(1, config.ppo_episodes // config.ppo_batch_size)  # paper: 1M / 512 = 1,953
     for update in run.steps("ppo", n_updates, snapshot=True, policy=policy, critic=critic,
                             policy_optimizer=policy_adam, critic_optimizer=critic_adam):
         lr = config.ppo_lr * linear_schedule(update, n_updates)  # B.1
 
-        # A batch of fresh summaries by pi_old, the policy as it is now (512 in the paper); their
-        # advantages are whitened over all of it, before it is cut into minibatches
-        posts = own_queries(queries, update, config)
-        batch = rollout(policy, reference, reward_model, critic, posts, tokenizer, config,
+        # A batch of fresh summaries by pi_old, the policy as it is now (512 in the paper), k of
+        # each post; their advantages are whitened over all of it
+        some = own_queries(queries, update, config)
+        batch = rollout(policy, reference, reward_model, critic, some, tokenizer, config,
                         own_stream(run.seed, "ppo", update, policy.device))
         whiten_batch(batch)
 
         # Four passes over it (B.1), and in each a step of both networks on every minibatch. There
         # is no entropy bonus, since the KL penalty does its work (3.4), and beta never adapts (B.1)
-        sums, n_steps = Counter(), 0
+        sums, n_steps = defaultdict(float), 0
         for epoch in range(config.ppo_epochs):
-            order = generator_for(run.seed, "ppo epoch", update, epoch)
-            for minibatch in minibatches(batch, config.ppo_minibatches, order):
-                # The policy's step: actions that did better than expected become likelier. A
-                # minibatch may be read in parts; share is how much of its tokens a part has
-                with one_step(policy_adam, lr, config.max_grad_norm, "policy loss") as step:
+            generator = generator_for(run.seed, "ppo epoch", update, epoch)  # of the order
+            for minibatch in minibatches(batch, config.ppo_minibatches, generator):
+                # The policy's step: actions that did better than expected become more likely.
+                # share: the part's tokens / the minibatch's tokens, over all processes
+                with one_step(policy_adam, lr, config.max_grad_norm, "policy loss") as adam_step:
                     for part, share in minibatch:
-                        log_probs = response_log_probs(policy, *part.text, T, k)  # (b, T)
-                        if update == n_steps == 0:  # nothing has changed yet: the ratio is 1
+                        log_probs = response_log_probs(policy, *part.inputs, config.temperature, k)
+                        if update == 0 and n_steps == 0:  # nothing has changed yet: the ratio is 1
                             check_first_update(log_probs.detach(), part)
                         loss, clipped = policy_loss(log_probs, part.log_probs, part.advantages,
                                                     part.mask, config.clip_range)
-                        step.add(loss * share)
+                        adam_step.add(loss * share)
                         sums["policy_loss"] += loss.detach() * share
                         sums["policy_clip_fraction"] += clipped * share
 
-                # The critic's step: what it expected comes closer to what was earned
-                with one_step(critic_adam, lr, config.max_grad_norm, "value loss") as step:
+                # The critic's step: what it expected comes closer to what was earned. The returns
+                # stay those of the rollout in all passes
+                with one_step(critic_adam, lr, config.max_grad_norm, "value loss") as adam_step:
                     for part, share in minibatch:
-                        values = response_values(critic, *part.text, k)  # (b, T)
+                        values = response_values(critic, *part.inputs, k)  # (b, T)
                         loss, clipped = value_loss(values, part.values, part.returns, part.mask,
                                                    config.clip_range_value)
-                        step.add(config.value_weight * loss * share)
+                        adam_step.add(config.value_weight * loss * share)
                         sums["value_loss"] += loss.detach() * share
                         sums["value_clip_fraction"] += clipped * share
                 n_steps += 1
         log_update(run, update, lr, batch, sums, n_steps)
         if evaluate:
             evaluate(update + 1)
-    merge_adapter(policy)  # if it has one
     return critic
 
 
@@ -378,7 +387,8 @@ def log_update(run, update, lr, batch, sums, n_steps):
     """A line of metrics.jsonl, means over the whole batch; and a warning where a run goes wrong."""
     metrics = {
         "lr": lr,
-        "reward": mean_of_all([part.scores for part in batch]),  # references have mean 0
+        # the score, without the KL penalty; references have mean 0
+        "reward": mean_of_all([part.scores for part in batch]),
         "kl_per_summary": mean_of_all([part.kl for part in batch]),  # nats
         "length": mean_of_all([part.mask.sum(1) for part in batch]),  # tokens
         "ended": mean_of_all([part.ended for part in batch]),

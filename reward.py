@@ -1,17 +1,18 @@
 """The reward model r(x, y) (Stiennon et al. 2020, section 3.4 and appendix B.1).
 
 People compared pairs of summaries of one post (3.3). A language model with a scalar head learns to
-score the summary they preferred higher: `preference_loss`, the first equation of section 3.4. Then
-its scores are shifted so that the human references score 0 on average. PPO is paid by it.
+give the summary they preferred the higher score: `preference_loss`, the first equation of section
+3.4. Then the scores are shifted so that the human references have 0 on average. PPO is paid with
+them. A score means something only at the last token of a summary, where it was trained.
 
-Read in this order: the loss, the model, the training loop. A score means something at the last
-token of a summary alone, where it was trained. How good the model has become: `judge.py`.
+Read in this order: the loss, the model, the training loop. `score` is r(x, y), row by row;
+`response_scores` and `final_scores` are the same for several summaries of a post, which share its
+computation; `score_summaries` takes lists. How good the model has become: `judge.py`.
 
-What differs from the paper: one seed, where it keeps the best of 3 to 10 (B.1); a larger rate and a
-smaller batch, for a tiny model. `python reward.py` prints a worked example.
+What differs from the paper: one seed, where it keeps the best of 3 to 10 (B.1); in the tiny preset
+a larger rate and a smaller batch. `python reward.py` prints a worked example.
 """
 
-import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,11 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file
 from transformers import AutoConfig, AutoModel
 from transformers.hf_argparser import HfArg
 
-from engine.adapters import has_adapter, merge_adapter, trainable
+from engine.adapters import copy_network, plain_weights, trainable
 from engine.batches import microbatches, one_step, pack, rows_of_step, steps_per_epoch, unpack
 from engine.devices import full_precision
 from engine.processes import sum_over_processes
@@ -32,7 +33,8 @@ from lm import check_shapes, cosine_schedule, get_position_ids, join, last_token
 
 @dataclass
 class RewardConfig:
-    # 6e-4 and 8: with 1e-3, or with batches of 64, the tiny model learned form instead of reading
+    # 6e-4 and 8: with 1e-3, or with larger batches, the tiny model learned what summaries look
+    # like, and not to compare their facts with the post
     reward_lr: float = HfArg(default=6e-4, help="paper: 1.5e-5 (1.3B), cosine (B.1)")
     reward_batch_size: int = HfArg(default=8, help="pairs per step; paper: 64 (B.1)")
     reward_epochs: int = HfArg(default=1, help="paper: 1 (B.1)")
@@ -51,7 +53,7 @@ def preference_loss(chosen, rejected):
     check_shapes(chosen=chosen, rejected=rejected)
     if chosen.numel() == 0:
         raise ValueError(f"no pair: chosen and rejected have shape {tuple(chosen.shape)}")
-    # logsigmoid, since -log(sigmoid(d)) is inf from d = -104 on in float32, where the loss is 104.
+    # logsigmoid, since -log(sigmoid(d)) is infinite below d = -89 in float32, where the loss is 89.
     # Figure 2 of the paper prints the loss without its minus sign; section 3.4 has it.
     return -F.logsigmoid(chosen - rejected).mean()
 
@@ -64,15 +66,17 @@ class RewardModel(nn.Module):
     linear head that makes one number of each hidden state. The paper starts from pi_SFT (3.4)."""
 
     def __init__(self, language_model, own_copy=True):
+        """own_copy=False: language_model is a trunk already, and is taken as it is."""
         super().__init__()
-        trunk = language_model.base_model
-        # A copy: pi_SFT stays as it is. eval(): no dropout, so that a score is always the same
-        self.trunk = (copy.deepcopy(trunk) if own_copy else trunk).eval()
-        width = trunk.config.hidden_size  # d
-        self.head = nn.Linear(width, 1, device=trunk.device)  # (B, L, d) -> (B, L, 1)
+        # A copy: pi_SFT stays as it is. eval(), while it is trained as well: no dropout, as in the
+        # 2020 code, so that a score is always the same
+        trunk = copy_network(language_model, "reward", trunk=True) if own_copy else language_model
+        self.trunk = trunk.eval()
+        d = trunk.config.hidden_size
+        self.head = nn.Linear(d, 1, device=trunk.device)  # (B, L, d) -> (B, L, 1)
         # B.1: weights ~ N(0, 1/(d+1)), the second number a variance. A hidden state has d entries
         # of order 1, so a first score is of order 1 too, where the sigmoid is steep.
-        nn.init.normal_(self.head.weight, std=1 / math.sqrt(width + 1))
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(d + 1))
         nn.init.zeros_(self.head.bias)
         # subtracted from each score; a buffer, so that it is saved and copied with the weights
         self.register_buffer("reference_mean", torch.zeros((), device=trunk.device))
@@ -80,15 +84,15 @@ class RewardModel(nn.Module):
     def forward(self, input_ids, attention_mask, position_ids=None):
         """(B, L), (B, L) -> (B, L): a score at every real position; at padding it means nothing.
 
-        position_ids: given with an attention_mask (B, 1, L, L) of several summaries a row
-        (`response_scores`). Raises ValueError on unequal shapes.
+        With several summaries side by side in a row (`response_scores`): attention_mask is
+        (B, 1, L, L), and position_ids (B, L) are given. Else raises ValueError on unequal shapes.
         """
         if position_ids is None:  # one summary a row, as in `score`
             check_shapes(input_ids=input_ids, attention_mask=attention_mask)
             position_ids = get_position_ids(attention_mask)
         hidden = self.trunk(input_ids=input_ids, attention_mask=attention_mask,
                             position_ids=position_ids, use_cache=False).last_hidden_state
-        with full_precision(hidden.device):  # one number is all there is of a score: float32
+        with full_precision(hidden.device):  # in bfloat16, close scores would be ties
             scores = self.head(hidden.to(self.head.weight.dtype)).squeeze(-1)  # (B, L)
         return scores - self.reference_mean
 
@@ -104,17 +108,18 @@ class RewardModel(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors (trunk, head, reference_mean) to folder."""
-        # an adapter is added to a copy of the weights: this model may go on training it
-        model = copy.deepcopy(self) if has_adapter(self.trunk) else self
-        model.trunk = merge_adapter(model.trunk)
         self.trunk.config.save_pretrained(folder)
-        save_model(model, str(Path(folder) / "model.safetensors"))
+        weights = {f"trunk.{name}": p for name, p in plain_weights(self.trunk).items()}
+        weights |= {"head.weight": self.head.weight, "head.bias": self.head.bias,
+                    "reference_mean": self.reference_mean}
+        save_file({name: p.contiguous() for name, p in weights.items()},
+                  str(Path(folder) / "model.safetensors"))
 
     @classmethod
     def from_pretrained(cls, folder):
         """The model that save_pretrained wrote, in eval mode: the same scores to the last bit."""
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        # The weights that it draws are all replaced; load_model refuses where one is missing
+        # Its random weights are all overwritten; load_model refuses where one is missing
         model = cls(AutoModel.from_config(config), own_copy=False)
         load_model(model, str(Path(folder) / "model.safetensors"))
         return model.eval()
@@ -123,20 +128,21 @@ class RewardModel(nn.Module):
 def response_scores(model, input_ids, attention_mask, width, k=1):
     """Scores at the end of the post and at each token of the response: (B, Q+T) -> (B, 1+T).
 
-    width: T. k > 1: the rows are k responses to each post, and the post is computed once for all of
-    them (engine/batches.py); the numbers are those of `forward`.
+    width: T, the response's columns. k > 1: the rows are k responses to each post, which is
+    computed once for all of them; the numbers are those of `forward`, up to rounding.
     """
     position_ids = get_position_ids(attention_mask)
-    # A row of k summaries needs a mask and positions of its own: none may see another one
+    # pack makes one row of the k of a post, with a mask in which no summary sees another one; of
+    # its scores we keep the post's last place and the kT of the summaries
     inputs = pack(input_ids, attention_mask, position_ids, width, k, model.trunk.dtype)
     scores = model(**inputs)  # (B/k, Q+kT)
     return unpack(scores[:, -k * width - 1 :], width, k)
 
 
 def final_scores(model, input_ids, attention_mask, width, k=1):
-    """`RewardModel.score` for k responses to each post: (B, Q+T) -> (B,)."""
+    """`RewardModel.score`, where the rows are k responses to each post: (B, Q+T) -> (B,)."""
     scores = response_scores(model, input_ids, attention_mask, width, k)  # (B, 1+T)
-    # column 0 is the end of the post, so that of the n-th and last token is n
+    # column 0 belongs to the post, so token n of the summary, counted from 1, is in column n
     last = attention_mask[:, -width:].sum(1, keepdim=True)  # (B, 1)
     return scores.take_along_dim(last, 1).squeeze(1)
 
@@ -145,22 +151,23 @@ def final_scores(model, input_ids, attention_mask, width, k=1):
 
 
 def train_reward(run, reward_model, pairs, pad_id, config):
-    """One pass of Adam over the comparisons (B.1), with `preference_loss`.
+    """Adam on `preference_loss`, reward_epochs times over the comparisons (the paper: once, B.1).
 
-    pairs: [(query, chosen, rejected), ...], lists of token ids. Changes reward_model in place.
+    pairs: [(query, chosen, rejected), ...], lists of token ids. run: the engine.folder.Run that
+    saves, resumes and logs. Changes reward_model in place.
     """
     device = reward_model.head.weight.device
     # Adam's defaults, as the paper names none; fused: the same step, in one kernel
     optimizer = torch.optim.Adam(trainable(reward_model), lr=config.reward_lr, fused=True)
     per_epoch, batch_size = steps_per_epoch(len(pairs), config.reward_batch_size, "reward")
     total = per_epoch * config.reward_epochs
-    # Shuffled by the run's seed: which pairs come together, and in which order, matters (B.1)
     for step in run.steps("reward", total, model=reward_model, optimizer=optimizer):
+        # Shuffled by the run's seed: the order matters, hence the paper's several seeds (B.1)
         rows = rows_of_step(step, len(pairs), batch_size, run.seed, "reward")
         lr = config.reward_lr * cosine_schedule(step, total)  # B.1
         hits = torch.zeros((), device=device)  # pairs that the model puts in the right order
-        # No clipping of gradients here: the loss of a pair has a slope of at most 1 in its scores
-        with one_step(optimizer, lr) as update:
+        # No clipping of gradients: the paper is silent, and none was needed
+        with one_step(optimizer, lr) as adam_step:
             for part in microbatches(rows, config):
                 # Both summaries of a post, one after the other: 2b rows for b pairs. In one batch,
                 # so that the post is read once for the two (N+ detail 10 puts them in one, too)
@@ -172,20 +179,21 @@ def train_reward(run, reward_model, pairs, pad_id, config):
                 input_ids, attention_mask, Q = join(queries, responses, pad_id, device)
                 T = input_ids.shape[1] - Q
                 scores = final_scores(reward_model, input_ids, attention_mask, T, k=2)  # (2b,)
-                chosen, rejected = scores.view(-1, 2).unbind(1)  # (b,) each
-                hits += (chosen > rejected).sum()
-                # Only their difference counts. How sure the labeler was is not used (B.1): the
-                # paper's rows have a confidence, and its loss doesn't
-                update.add(preference_loss(chosen, rejected) * (len(part) / len(rows)))
+                better, worse = scores.view(-1, 2).unbind(1)  # (b,) each
+                hits += (better > worse).sum()
+                # The labeler's confidence is in the paper's data, but not in its loss (3.4).
+                # Summed over parts and processes this is the mean over the batch
+                adam_step.add(preference_loss(better, worse) * (len(part) / len(rows)))
         accuracy = sum_over_processes(hits).item() / len(rows)
-        run.log("reward", step, loss=update.loss, accuracy=accuracy)
+        run.log("reward", step, loss=adam_step.loss, accuracy=accuracy)
 
 
-def normalize(reward_model, queries, references, pad_id):
+def normalize(reward_model, queries, references, pad_id, batch_size=256):
     """Shift the scores so that the references have mean 0 (section 3.4); their spread stays."""
-    # The loss above never sees a constant, so a trained model has an arbitrary one. For PPO it
-    # matters: an EOS that comes early or late must not look good or bad for that alone.
-    scores = score_summaries(reward_model, queries, references, pad_id)
+    # The loss sees differences only, so that a trained model has an arbitrary constant. Once that
+    # is taken off, 0 means "as good as the average reference", and the -1 of a summary without EOS
+    # (ppo.py) has a meaning. +=: these scores already lack the constant so far.
+    scores = score_summaries(reward_model, queries, references, pad_id, batch_size)
     reward_model.reference_mean += scores.mean().to(reward_model.reference_mean)
 
 
@@ -205,8 +213,8 @@ def score_summaries(reward_model, queries, responses, pad_id, batch_size=256):
 
 
 def preference_accuracy(chosen, rejected):
-    """Share of pairs with chosen > rejected, (N,) each; a tie is not a hit: a model that gives all
-    summaries one score has learned nothing, and gets 0."""
+    """Share of pairs with chosen > rejected, (N,) each. A tie is not a hit: a model that gives all
+    summaries the same score has learned nothing, and gets 0."""
     return (chosen > rejected).float().mean().item()
 
 

@@ -2,13 +2,15 @@
 
     python rlhf_minimal.py                    # tiny world: CPU, no download, a minute or two
     python rlhf_minimal.py --fast_dev_run     # a few steps of every stage, seconds
-    python rlhf_minimal.py --comparisons F --posts F --judge longest     # your own rows
+    python rlhf_minimal.py --comparisons mine.jsonl --posts posts.jsonl --judge longest
+                                              # your own rows, judged by a baseline: the longer wins
 
-`run_all` is section 3.1 of the paper. Each call in it is a stage: a function further down, which
+`run_all` is section 3.1 of the paper. Most calls in it are a stage: a function further down, which
 leads on to `sft.py`, `reward.py`, `ppo.py` or `judge.py`. A run leaves a folder under runs/.
 
-What differs from the paper: one round of its loop, where OpenAI collected comparisons four times,
-each time with the newest policy among the writers.
+What differs from the paper: in the tiny world a tiny model, and a program that labels in place of
+people (`toy.py`); and one round of the loop, where OpenAI trained four reward models, on more
+comparisons each time (C.6), with the newest policy's summaries among them (3.1).
 """
 
 import json
@@ -23,16 +25,17 @@ from statistics import fmean as mean
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, logging
+from transformers import AutoTokenizer, logging
 
 import toy
-from engine.adapters import add_adapter, checkpoint_activations, merge_adapter
+from engine.adapters import add_adapter, checkpoint_activations
 from engine.batches import generator_for, posts_per_update
 from engine.devices import available_memory, mixed_precision, peak_memory_bytes, pick_device
-from engine.devices import weights_dtype
+from engine.devices import pick_dtype
 from engine.folder import Run, check_folder, choose_folder, describe
 from engine.memory import check_memory, memory_plan
-from engine.models import from_hub, go_offline_unless_reachable, load_language_model
+from engine.models import causal_config, from_hub, go_offline_unless_reachable
+from engine.models import load_for_training, load_language_model
 from engine.processes import agreed, rank, start_processes
 from engine.report import one_line, report
 from engine.settings import SettingError, parse
@@ -51,45 +54,48 @@ from tldr import without_posts_of
 def run_all(settings):
     """The paper's loop, once around (3.1, Fig. 2). Returns what results.json holds."""
     # Posts with human references (3.2), comparisons (3.3), the judge, and models that are given
-    begun = begin(settings)
-    if begun is None:  # a run that was finished before
+    # (None where they are trained here)
+    prepared = prepare_run(settings)
+    if prepared is None:  # it was finished before, and --resume has nothing to do
         return None
-    run, data, judge, given_sft, given_reward_model = begun
+    run, data, judge, given_model, given_reward_model = prepared
     posts, held_out, compared, compared_held_out = data
-    with run.guarded(), mixed_precision(run.device):
+    with run.guarded(), mixed_precision(run.device, run.dtype):  # Ctrl-C saves; half precision
         # Where the loop starts: pi_SFT, a language model fine-tuned on the references (3.4)
-        tokenizer, sft = supervised_baseline(run, settings, posts, given_sft)
+        tokenizer, sft = supervised_baseline(run, settings, posts, given_model)
 
-        # Step 1: people compare two summaries of the same post (3.1, 3.3)
+        # Step 1: people, or the tiny world's labeler, compare two summaries of a post (3.1, 3.3)
         pairs, held_out_pairs, held_out_rows, results = collect_comparisons(
             run, settings, compared, compared_held_out, tokenizer, sft)
 
         # Step 2: a reward model learns to score the preferred one higher (3.4), and is tested (4.3)
         reward_model = make_reward_model(run, settings, posts, pairs, tokenizer, sft,
                                          given_reward_model)
-        ask = ask_judge(run, settings, judge, tokenizer, reward_model)
+        ask = make_ask(run, settings, judge, tokenizer, reward_model)  # whose summary is better?
         results |= evaluate_reward_model(run, settings, pairs, held_out_pairs, held_out_rows,
                                          tokenizer, reward_model, ask)
 
         # What pi_SFT writes, before it becomes the policy, and its best of n samples (4.1, G.3)
-        before, best = write_before(settings, held_out, tokenizer, sft, reward_model)
+        sft_texts, best_texts = write_sft_texts(settings, held_out, tokenizer, sft, reward_model)
 
-        # Step 3: PPO makes what the reward model likes likelier (3.4)
+        # Step 3: PPO makes what the reward model likes more likely (3.4). In place: sft is the
+        # policy from here on
         policy = optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model, ask,
-                                 before)
+                                 sft_texts)
 
         # Who wrote the better summaries? (4.1)
         return judge_summaries(run, settings, held_out, tokenizer, policy, reward_model, ask,
-                               before, best, results)
+                               sft_texts, best_texts, results)
 
 
 # ---------------------------------------------------------------------------- what is there already
 
 
-def begin(settings):
+def prepare_run(settings):
     """The run's folder, its data, and what is given, before anything is trained: they may not be
     there, or too large for this machine. None for a run that is finished."""
-    device = start_processes(pick_device())
+    device = start_processes(pick_device(settings.device))
+    dtype = pick_dtype(settings.dtype, device)
     config = describe(vars(settings))
     folder, flags = settings.output_dir, (settings.restart, settings.resume)
     with agreed():
@@ -101,39 +107,39 @@ def begin(settings):
         print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
         return None
     with agreed():
-        judge, sft, reward_model = load_given(settings, device)
+        judge, model, reward_model, dtype = load_given(settings, device, dtype)
         data = load_data(settings)
-        run = Run(folder, config, *flags, settings.save_seconds, device)
-    return run, data, judge, sft, reward_model
+        run = Run(folder, config, *flags, settings.save_seconds, device, dtype)
+    return run, data, judge, model, reward_model
 
 
-def load_given(settings, device):
-    """The judge, (tokenizer, SFT model), and the reward model; None for what is trained here, and
-    for a judge that is this run's own reward model."""
-    name, small, judge, sft, reward_model = (settings.judge or "labeler", settings.fast_dev_run,
-                                             None, None, None)
-    sources = [settings.posts, settings.comparisons, settings.sft_model, settings.tokenizer,
+def load_given(settings, device, dtype):
+    """The judge, (tokenizer, language model), and the reward model; None for what is made here, and
+    for a judge that is this run's own reward model. And the type to multiply in."""
+    name, small = settings.judge or "labeler", settings.fast_dev_run
+    judge = model = reward_model = None
+    start = settings.sft_model or settings.base_model
+    sources = [settings.posts, settings.comparisons, start, settings.tokenizer,
                settings.reward_model, name]
     if any("/" in str(source) and not Path(source).exists() for source in sources):  # hub ids
         go_offline_unless_reachable()
     if settings.reward_model:
         reward_model = load_reward_model(settings)
-    if settings.sft_model and not small:
-        configs = [from_hub(AutoConfig.from_pretrained, source, trust_remote_code=False)
-                   for source in (settings.sft_model, name) if "/" in source]
-        check_memory(memory_plan(settings, *configs, device=device), *available_memory(device))
+    if start and not small:
+        configs = [causal_config(source) for source in (start, name) if "/" in source]
+        check_memory(memory_plan(settings, *configs, device=device, dtype=dtype),
+                     *available_memory(device))
     if name == "labeler":
         judge = quality_judge(toy.true_quality)
     elif name != "reward_model":
         try:
-            judge = load_judge(name, small=small)
+            judge = load_judge(name, None, small, device, dtype)
         except ValueError as error:
             raise SettingError(str(error) if name in str(error) else f"--judge {name}: {error}"
                                ) from None
-    if settings.sft_model:
-        dtype = weights_dtype(device, frozen=settings.lora_rank > 0)
-        sft = load_language_model(settings.sft_model, device, dtype, settings.tokenizer, small)
-    return judge, sft, reward_model
+    if start:
+        *model, dtype = load_for_training(start, device, dtype, settings)
+    return judge, model, reward_model, dtype
 
 
 def load_reward_model(settings):
@@ -170,7 +176,10 @@ def load_data(settings):
                         "whose post is not held out, got none to train on: add some")
     if settings.fast_dev_run:
         return posts[:64], held_out[:16], compared[:64], compared_held_out[:16]
-    return posts, held_out, compared, compared_held_out
+    # 2,000 pairs tell an accuracy to +- .02; the hub's validation part has 83,802
+    step = max(1, len(compared_held_out) // 2000)
+    most = settings.max_posts or None
+    return posts[:most], held_out, compared[:most], compared_held_out[::step][:2000]
 
 
 # ---------------------------------------------------------------------------- text <-> token ids
@@ -201,7 +210,7 @@ def encode_pairs(comparisons, tokenizer, settings):
 def score(tokenizer, settings, reward_model, posts, summaries):
     """Texts -> a list of rewards."""
     return score_summaries(reward_model, *encode(posts, summaries, tokenizer, settings),
-                           tokenizer.pad_token_id).tolist()
+                           tokenizer.pad_token_id, settings.rollout_batch_size or 256).tolist()
 
 
 def write(tokenizer, settings, model, posts, temperature=0.0, *stream):
@@ -219,19 +228,25 @@ def write(tokenizer, settings, model, posts, temperature=0.0, *stream):
 
 def supervised_baseline(run, settings, posts, given):
     """Tokenizer and pi_SFT, given or trained on (post, reference) pairs (3.4, sft.py)."""
-    if given:
-        tokenizer, model = given
-    else:
-        tokenizer, model = make_tiny_model(posts, settings, run.device)
+    rank, trained = settings.lora_rank, not settings.sft_model
+    tokenizer, model = given or make_tiny_model(posts, settings, run.device)
+    if rank and settings.base_model:
+        model = add_adapter(model, rank, settings.seed)
+    if trained:
+        if settings.checkpoint_activations:
+            checkpoint_activations(model)
         references = [post["summary"] for post in posts]
         train_sft(run, model, *encode(posts, references, tokenizer, settings),
                   tokenizer.pad_token_id, settings)
         print(f"sft: {len(posts)} posts, last loss {run.history('sft')[-1]['loss']:.3f} nats per "
               "token")
-        if settings.posts:
+        if settings.posts and not given:
             print("sft: a tiny model that has seen so few posts can't write good summaries; this "
                   "shows that your rows go through, not what the method reaches")
     run.save_model("sft", model, tokenizer)
+    # what is trained from here on is an adapter; a tiny model from scratch had to learn first
+    if rank and not settings.base_model:
+        model = add_adapter(model, rank, settings.seed)
     return tokenizer, model
 
 
@@ -278,26 +293,25 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
         if own.get_vocab() != tokenizer.get_vocab():
             raise SettingError(f"--reward_model {settings.reward_model}: it was trained with "
                                "another tokenizer than the SFT model; pass one that fits")
-        reward_model = given.to(sft.device)
-        reward_model.trunk.to(sft.dtype)
+        reward_model = given.to(run.device)
+        if settings.lora_rank:  # its weights are others than pi_SFT's
+            reward_model.trunk = add_adapter(reward_model.trunk.to(sft.dtype), settings.lora_rank,
+                                             settings.seed, "reward")
     else:
         torch.manual_seed(settings.seed)  # for the head
         reward_model = RewardModel(sft)
-        if settings.lora_rank:
-            reward_model.trunk = add_adapter(reward_model.trunk, settings.lora_rank)
         if settings.checkpoint_activations:
             checkpoint_activations(reward_model.trunk)
         train_reward(run, reward_model, pairs, tokenizer.pad_token_id, settings)
-        reward_model.trunk = merge_adapter(reward_model.trunk)
         posts = posts[:1000]  # the mean is sharp enough by then
         references = [post["summary"] for post in posts]
         normalize(reward_model, *encode(posts, references, tokenizer, settings),
-                  tokenizer.pad_token_id)
+                  tokenizer.pad_token_id, settings.rollout_batch_size or 256)
     run.save_model("reward_model", reward_model, tokenizer)
     return reward_model
 
 
-def ask_judge(run, settings, judge, tokenizer, reward_model):
+def make_ask(run, settings, judge, tokenizer, reward_model):
     """ask(posts, ours, theirs): the judge's win rate of ours, and the outcomes (judge.judged)."""
     if settings.judge == "reward_model":
         judge = reward_model_judge(partial(score, tokenizer, settings, reward_model))
@@ -306,7 +320,8 @@ def ask_judge(run, settings, judge, tokenizer, reward_model):
 
 def evaluate_reward_model(run, settings, pairs, held_out, rows, tokenizer, reward_model, ask):
     """How often the reward model, and the judge, agree with held-out labels (4.3, judge.py)."""
-    results = measure_reward_model(reward_model, pairs, held_out, rows, tokenizer)
+    results = measure_reward_model(reward_model, pairs, held_out, rows, tokenizer,
+                                   settings.rollout_batch_size or 256)
     accuracy = results["reward_accuracy"]
     print(f"reward model: accuracy {accuracy:.3f} on {len(rows)} held-out comparisons, "
           f"pick-the-longer {results['reward_accuracy_longest_wins']:.3f}")
@@ -318,7 +333,7 @@ def evaluate_reward_model(run, settings, pairs, held_out, rows, tokenizer, rewar
     return results | judge_the_judge(ask, some)
 
 
-def write_before(settings, held_out, tokenizer, sft, reward_model):
+def write_sft_texts(settings, held_out, tokenizer, sft, reward_model):
     """Greedy summaries of the held-out posts, and best-of-n as a policy of its own (G.3)."""
     posts = held_out[: settings.judge_posts]
     writes = partial(write, tokenizer, settings)
@@ -327,10 +342,10 @@ def write_before(settings, held_out, tokenizer, sft, reward_model):
     return writes(sft, posts), best
 
 
-def optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model, ask, before):
+def optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model, ask, sft_texts):
     """Step 3: PPO turns the SFT model into the policy (3.4, ppo.py)."""
     few = held_out[: min(settings.judge_during, settings.judge_posts)]
-    evaluate = partial(judge_policy, run, settings, ask, few, tokenizer, sft, before)
+    evaluate = partial(judge_policy, run, settings, ask, few, tokenizer, sft, sft_texts)
     queries, _ = encode(posts, [], tokenizer, settings)
     critic = train_ppo(run, sft, reward_model, queries, tokenizer, settings, evaluate)
     run.save_model("policy", sft, tokenizer)
@@ -348,31 +363,32 @@ def judge_policy(run, settings, ask, posts, tokenizer, policy, sft_texts, update
         judge_during(run, update, ask, posts, texts, sft_texts)
 
 
-def judge_summaries(run, settings, held_out, tokenizer, policy, reward_model, ask, before, best,
-                    results):
+def judge_summaries(run, settings, held_out, tokenizer, policy, reward_model, ask, sft_texts,
+                    best_texts, results):
     """Judge the summaries of held-out posts (4.1, judge.py); save, report, return the results."""
     posts = held_out[: settings.judge_posts]
     texts = write(tokenizer, settings, policy, posts)
     rewards_of = partial(score, tokenizer, settings, reward_model)
     with run.timed("judge"):
-        rates, outcomes = compare_summaries(ask, posts, before, texts, best)
+        rates, outcomes = compare_summaries(ask, posts, sft_texts, texts, best_texts)
         results |= rates | {"best_of_n_kl": best_of_n_kl(settings.best_of_n)}
         if "facts" in posts[0]:  # the tiny world
             ideal, swapped = (torch.tensor(rewards_of(posts, side))
                               for side in toy.swapped_fact_pairs(posts, run.seed))
             results["reward_accuracy_swapped_fact"] = preference_accuracy(ideal, swapped)
-        rewards_sft, rewards_ppo = rewards_of(posts, before), rewards_of(posts, texts)
+        rewards_sft, rewards_ppo = rewards_of(posts, sft_texts), rewards_of(posts, texts)
     references = [post["summary"] for post in posts]
     results |= {"kl_per_summary": run.history("ppo")[-1]["kl_per_summary"],
                 "reward_sft": mean(rewards_sft), "reward_ppo": mean(rewards_ppo),
-                "mean_length_sft": mean_words(before), "mean_length_ppo": mean_words(texts),
+                "mean_length_sft": mean_words(sft_texts),
+                "mean_length_ppo": mean_words(texts),
                 "mean_length_reference": mean_words(references),
                 "warnings": list(run.warnings.values()), "seconds": run.total_seconds(),
                 "peak_memory_bytes": peak_memory_bytes()}
     samples = []
     for i, post in enumerate(posts):
         samples.append({"post": {key: post[key] for key in ("subreddit", "title", "post")},
-                        "reference": references[i], "sft": before[i], "ppo": texts[i],
+                        "reference": references[i], "sft": sft_texts[i], "ppo": texts[i],
                         "reward_sft": rewards_sft[i], "reward_ppo": rewards_ppo[i],
                         "ppo_vs_reference": outcomes["ppo_vs_reference"][i],
                         "ppo_vs_sft": outcomes["ppo_vs_sft"][i],
@@ -404,11 +420,12 @@ def summarize(settings):
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"--summarize {settings.summarize}: expected a UTF-8 text file "
                            f"({error})") from None
+    device = pick_device(settings.device)
     vars(settings).update(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    reward_model, posts = RewardModel.from_pretrained(folder / "reward_model"), [
-        {"post": text.strip()}]
+    reward_model = RewardModel.from_pretrained(folder / "reward_model").to(device)
+    posts = [{"post": text.strip()}]
     for name in ("sft", "policy"):
-        tokenizer, model = load_language_model(folder / name)
+        tokenizer, model = load_language_model(folder / name, device)
         texts = write(tokenizer, settings, model, posts)
         (reward,) = score(tokenizer, settings, reward_model, posts, texts)
         print(f"{name:>6} (reward {reward:+.2f}): {one_line(texts[0])}")

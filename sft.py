@@ -6,7 +6,8 @@ three start from: its samples are compared, its weights begin the policy and the
 the KL penalty holds the policy to it.
 
 What differs from the paper: a tiny model from scratch, hence a larger rate and a smaller batch
-(SFTConfig). And where it is silent: the loss is on the summary alone, Adam's second beta is .95.
+(SFTConfig). Where the paper is silent, the choices are ours: the loss is on the summary alone,
+Adam's second beta is .95, and gradients are clipped to norm 1.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers.hf_argparser import HfArg
 
 from engine.adapters import trainable
 from engine.batches import microbatches, one_step, rows_of_step, steps_per_epoch
+from engine.devices import wide
 from lm import cosine_schedule, join, masked_mean, response_log_probs
 
 
@@ -32,18 +34,17 @@ def train_sft(run, model, queries, responses, pad_id, config):
 
     queries, responses: lists of token ids, the responses with their EOS. Changes model in place.
     """
+    # No dropout and no weight decay, here or later: the released 2020 code has dropout 0. With it,
+    # a policy would have other log-probs each time, and PPO's ratio would not begin at 1.
     # betas: .9 is Adam's default; .95 forgets the large gradients of the first steps sooner (ours)
     optimizer = torch.optim.Adam(trainable(model), lr=config.sft_lr, betas=(0.9, 0.95), fused=True)
-    # No dropout and no weight decay, here or later. The paper names neither; with dropout a policy
-    # would have other log-probs each time it is asked, and PPO's ratio would not begin at 1.
     per_epoch, batch_size = steps_per_epoch(len(queries), config.sft_batch_size, "sft")
     total = per_epoch * config.sft_epochs
     for step in run.steps("sft", total, model=model, optimizer=optimizer):
         rows = rows_of_step(step, len(queries), batch_size, run.seed, "sft")
         n_tokens = sum(len(responses[row]) for row in rows)
         lr = config.sft_lr * cosine_schedule(step, total)  # B.1
-        # Gradients are clipped to norm 1, as is usual from scratch; the paper is silent
-        with one_step(optimizer, lr, max_grad_norm=1.0) as update:
+        with one_step(optimizer, lr, max_grad_norm=1.0) as adam_step:
             for part in microbatches(rows, config):
                 input_ids, attention_mask, Q = join(
                     [queries[row] for row in part], [responses[row] for row in part], pad_id,
@@ -53,9 +54,9 @@ def train_sft(run, model, queries, responses, pad_id, config):
                 # On the summary and its EOS only. The paper trains to "predict summaries"; N+
                 # (Huang et al. 2024, a study of this paper's details) has the post in it as well.
                 mask = attention_mask[:, Q:]
-                share = mask.sum().double() / n_tokens  # of the batch: each token counts the same
-                update.add(-masked_mean(log_probs, mask) * share)
-        run.log("sft", step, loss=update.loss)  # nats per token
+                share = wide(mask.sum()) / n_tokens  # this part's of the batch's tokens, float64
+                adam_step.add(-masked_mean(log_probs, mask) * share)
+        run.log("sft", step, loss=adam_step.loss)  # nats per token
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from engine.devices import wide
 from engine.processes import agreed, gather, n_processes, rank, sum_over_processes
 from engine.settings import SettingError
 
@@ -108,7 +109,7 @@ def minibatches(batch, n_minibatches, generator):
     order = torch.randperm(len(batch), generator=generator).tolist()
     for i in range(n_minibatches):
         parts = [batch[j] for j in order[i::n_minibatches]]
-        counts = [part.mask.sum().double() for part in parts]
+        counts = [wide(part.mask.sum()) for part in parts]
         total = sum_over_processes(torch.stack(counts).sum())
         yield [(part, count / total) for part, count in zip(parts, counts)]
 
@@ -136,11 +137,16 @@ class Step:
 
     def __init__(self, device):
         self.total, self.loss = torch.zeros((), device=device), None
+        # float16 has no number between 0 and 6e-8, where many a gradient is: it is carried through
+        # the network 1024 times as large. (bfloat16 has the range of float32.)
+        half = (torch.is_autocast_enabled(device.type)
+                and torch.get_autocast_dtype(device.type) == torch.float16)
+        self.scale = 1024 if half else 1
 
     def add(self, loss):
         """The backward pass of one microbatch, whose activations are free after it. loss: a scalar,
         already its share of the mean over the whole minibatch."""
-        loss.backward()
+        (loss * self.scale if self.scale > 1 else loss).backward()
         self.total += loss.detach()
 
 
@@ -163,6 +169,8 @@ def one_step(optimizer, lr, max_grad_norm=math.inf, name="loss"):
     with agreed():
         yield step
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if step.scale > 1:
+        torch._foreach_div_(gradients, step.scale)
     sum_over_processes(step.total, *gradients)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     check_finite(name, step.total)

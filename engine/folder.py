@@ -25,10 +25,12 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from engine.adapters import trainable_named
 from engine.processes import agreed, gather, rank
 from engine.settings import SettingError
 
 
+RARELY = 20  # where saving or copying the state takes over a second, one second in so many
 OURS = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.md", "curves.png",
         "sft", "reward_model", "policy", "critic", "checkpoints", ".partial", ".lock")
 
@@ -99,17 +101,19 @@ def choose_folder(preset, resume):
     return f"runs/{preset}-{max(1, n - 1) if resume else n}"
 
 
-def flatten(parts, copy=False):
+def flatten(parts, copy=False, into={}):
     """Modules and optimizers by name -> {"policy/head.bias": tensor, "optimizer/0/exp_avg": tensor,
-    ...} on the CPU: trainable parameters and Adam's averages."""
+    ...} on the CPU: trainable parameters and Adam's averages. into: an older copy to overwrite."""
     tensors = {}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
-            rows = [(key, p.detach()) for key, p in part.named_parameters() if p.requires_grad]
+            rows = [(key, p.detach()) for key, p in trainable_named(part)]
         else:
             rows = [(f"{i}/{key}", average) for i, averages in part.state_dict()["state"].items()
                     for key, average in averages.items()]
-        tensors |= {f"{name}/{key}": tensor.to("cpu", copy=copy) for key, tensor in rows}
+        for key, tensor in rows:
+            key = f"{name}/{key}"
+            tensors[key] = into[key].copy_(tensor) if key in into else tensor.to("cpu", copy=copy)
     return tensors
 
 
@@ -119,7 +123,12 @@ def put_back(parts, tensors):
         own = {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items()
                if key.startswith(f"{name}/")}
         if isinstance(part, torch.nn.Module):
-            part.load_state_dict(own, strict=False)
+            mine = dict(trainable_named(part))
+            if own.keys() != mine.keys():
+                raise SettingError(f"a checkpoint has other weights for {name} than this program "
+                                   f"({min(own.keys() ^ mine.keys())}): begin anew with --restart")
+            for key, p in mine.items():
+                p.data.copy_(own[key])
         else:
             states = {}
             for key, tensor in own.items():
@@ -139,13 +148,16 @@ class Run:
     """The folder of one run. Stages ask it for their steps and tell it their metrics."""
 
     def __init__(self, folder, config, restart=False, resume=False, save_seconds=30,
-                 device="cpu"):
+                 device="cpu", dtype=torch.float32):
         if rank() == 0:
             check_folder(folder, config, restart, resume)
         self.folder, self.seed, self.save_seconds = Path(folder), config["seed"], save_seconds
-        self.device = device
+        self.device, self.dtype = device, dtype
         self.lines, self.warnings, self.seconds = [], {}, {}
-        self.stage, self.step, self.before, self.stopping = "start", 0, None, False
+        self.stage, self.step, self.stopping = "start", 0, False
+        # what to go back to: step, number of metrics, tensors (None: the parts as they are)
+        self.before, self.parts = None, {}
+        self.copied = None  # when the last snapshot began, and the seconds it took
         self.started = time.perf_counter()
         self.lock = FileLock(self.folder / ".lock")  # the system frees it, whatever kills us
         if rank():
@@ -176,13 +188,16 @@ class Run:
         """A path to write a file or folder to that gets its name at the end, so that a kill or a
         full disk leaves all of it or nothing. name: a string, or a function of that path."""
         self.remove(".partial")  # left by a kill
-        partial = self.folder / ".partial"
+        # in a folder of its own: what writes it may have a temporary file beside it, too
+        partial = self.folder / ".partial" / "new"
+        partial.parent.mkdir()
         yield partial
         for path in (partial, *partial.rglob("*")):
             if path.is_file():
                 with path.open("r+b") as file:
                     os.fsync(file.fileno())  # a power cut must not leave a name without content
         os.replace(partial, self.folder / (name if isinstance(name, str) else name(partial)))
+        partial.parent.rmdir()
 
     def write(self, name, content):
         """Write text, or anything else as JSON, to a file of the folder."""
@@ -205,29 +220,45 @@ class Run:
         than once, so a copy from before it is kept in case it goes wrong.
         """
         with agreed():  # nobody saves before everybody has restored
-            first, saved = self.restore(stage, parts), time.perf_counter()
+            first, saved, took = self.restore(stage, parts), time.perf_counter(), 0
         start = saved - self.seconds.get(stage, 0)
         with tqdm(range(first, total), desc=stage, initial=first, total=total, mininterval=0.5,
                   disable=rank() > 0 or None, leave=False) as self.bar:
             for step in self.bar:
-                copy = flatten(parts, copy=True) if snapshot else None
-                self.stage, self.step, self.before = stage, step, lambda: copy or flatten(parts)
+                self.stage, self.step, self.parts = stage, step, parts
+                if snapshot:
+                    self.take_snapshot()
+                else:
+                    self.before = step, len(self.lines), None
                 yield step
                 self.seconds[stage] = time.perf_counter() - start
                 done = step + 1 == total
-                due = done or time.perf_counter() - saved >= self.save_seconds
+                waited = time.perf_counter() - saved
+                due = done or waited >= max(self.save_seconds, RARELY * took if took > 1 else 0)
                 # all stop together, and not before the first process has saved
                 flags = torch.stack(gather(torch.tensor([self.stopping, due]))).any(0)
                 self.stopping, due = flags.tolist()
                 if due or self.stopping:
+                    begun = time.perf_counter()
                     with agreed():  # what is finished needs its optimizers no more
                         self.save(stage, step + 1, flatten(
                             {name: part for name, part in parts.items()
                              if not done or isinstance(part, torch.nn.Module)}))
                     saved = time.perf_counter()
+                    took = saved - begun
                 if self.stopping:
                     raise KeyboardInterrupt
-        self.before = None
+        self.before = self.copied = None
+
+    def take_snapshot(self):
+        """A copy of the state before this step, in case the step goes wrong half-way, over the last
+        copy. Where that takes long, the last one has to do for a while."""
+        start = time.perf_counter()
+        if self.copied and self.copied[1] > 1 and start - self.copied[0] < RARELY * self.copied[1]:
+            return
+        old = self.before[2] if self.copied else {}
+        self.before = self.step, len(self.lines), flatten(self.parts, copy=True, into=old)
+        self.copied = start, time.perf_counter() - start
 
     def total_seconds(self):
         """Seconds by stage, and of all processes that worked on this run, without lost work."""
@@ -278,11 +309,15 @@ class Run:
         try:
             yield
         except FloatingPointError as error:
+            which = "it"
             if self.before:
+                step, n_lines, tensors = self.before
+                which = f"step {step}" if step < self.step else which
+                self.lines = self.lines[:n_lines]
                 with agreed():  # torchrun ends all when one has ended
-                    self.save(self.stage, self.step, self.before())
+                    self.save(self.stage, step, tensors or flatten(self.parts))
             raise SettingError(
-                f"{self.stage} step {self.step}: {error}; the state before it is saved in "
+                f"{self.stage} step {self.step}: {error}; the state before {which} is saved in "
                 f"{self.folder / 'checkpoints'}. Lower {self.stage}_lr and begin anew") from None
         finally:
             for number, handler in handlers.items():

@@ -7,13 +7,14 @@ from transformers.pytorch_utils import Conv1D
 from engine.settings import SettingError
 
 
-def memory_plan(settings, model_config, judge_config=None, device="cuda"):
+def memory_plan(settings, model_config, judge_config=None, device="cuda", dtype=None):
     """Bytes that PPO will need at most, by use, from the configs alone, before anything is loaded:
-    {"weights": ..., "trained": ..., "activations": ..., "logits": ..., "cache": ..., "judge": ...}.
+    {"weights": ..., "trained": ..., "activations": ..., "logits": ..., "cache": ..., "scoring": ...,
+    "judge": ...}.
 
-    Adapters: policy and critic in half precision, frozen, and 16 bytes for each adapter weight
-    (value, gradient, two averages of Adam, float32). All weights: 16 bytes for each of the policy
-    and the critic, 4 for each of the reference and the reward model.
+    dtype: what matrices are multiplied in, by default bfloat16 on a GPU. Adapters: one frozen model in it, 16 bytes for each
+    adapter weight of policy and critic (value, gradient, two averages of Adam, float32), and 4 for
+    each of the reference and the reward model. All weights: the same on four models in float32.
     """
     def empty(config):
         with torch.device("meta"):
@@ -21,8 +22,8 @@ def memory_plan(settings, model_config, judge_config=None, device="cuda"):
 
     model, c = empty(model_config), model_config
     n, n_trunk, d = model.num_parameters(), model.base_model.num_parameters(), c.hidden_size
-    head, on_cpu = d + 1, device == "cpu"
-    half = 4 if on_cpu else 2  # half precision is slow on a CPU, nothing is computed in it there
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    head, single, half = d + 1, dtype == torch.float32, dtype.itemsize
     # a matrix (i, o) has adapters (i, r) and (r, o); all of them but the one that makes the scores
     adapters = settings.lora_rank * sum(
         sum(module.weight.shape) for module in model.modules()
@@ -36,16 +37,17 @@ def memory_plan(settings, model_config, judge_config=None, device="cuda"):
     # Bytes of a token in a layer, over d. Its input, and all that backward needs: 37 - 63 measured
     # for GPT-2, GPT-J, GPT-NeoX and Llama with bfloat16 products, 74 - 107 in float32 (34 would do
     # with every operation fused; Korthikanti et al. 2022, eq. 2).
-    stored, inner = half if settings.lora_rank else 4, 108 if on_cpu else 64
+    stored, inner = half if settings.lora_rank else 4, 108 if single else 64
     layers = c.num_hidden_layers
     if settings.checkpoint_activations:
         activations = rows * length * d * (layers * stored + inner)
     else:  # backward also needs the copies of float32 weights that the products were made with
         activations = (rows * length * d * layers * inner
-                       + (0 if on_cpu or settings.lora_rank else 2 * n))
-    undo = 12 if on_cpu else 0  # Run.steps(snapshot=True) keeps values and averages in this memory
+                       + (0 if single or settings.lora_rank else 2 * n))
+    # Run.steps(snapshot=True) keeps a copy of values and averages in this memory
+    undo = 12 if device == "cpu" else 0
     return {
-        "weights": (half * (n + n_trunk) + 4 * head if settings.lora_rank
+        "weights": (half * n + 4 * (2 * adapters + head) if settings.lora_rank
                     else 4 * 2 * (n + n_trunk + head)),
         "trained": ((16 + undo) * (2 * adapters + head) if settings.lora_rank
                     else (12 + undo) * (n + n_trunk + head)),
@@ -53,17 +55,22 @@ def memory_plan(settings, model_config, judge_config=None, device="cuda"):
         # three times in float32, as scores, over the temperature, and as log-softmax (the backward
         # pass needs no more), once in bfloat16, as they come, and once more where lm.unpack copies
         "logits": rows * (settings.response_length + 1) * c.vocab_size
-                  * ((12 if on_cpu else 14) + 4 * (settings.return_sequences > 1)),
+                  * ((12 if single else 14) + 4 * (settings.return_sequences > 1)),
         # with all weights in float32, keys are turned in float32 and values stay in bfloat16
-        "cache": sampled * length * layers * width * (2 * half if settings.lora_rank or on_cpu
+        "cache": sampled * length * layers * width * (2 * half if settings.lora_rank or single
                                                       else 4 + 2),
+        # a layer's all, without gradient: 35 - 42 measured in bfloat16, 49 - 83 in float32. That is
+        # of the longest there is, posts with summaries to score; sampling reads the posts alone
+        "scoring": (settings.rollout_batch_size or 256) * d * (84 if single else 43)
+                   * (settings.query_length + settings.summary_length),
         "judge": half * empty(judge_config).num_parameters() if judge_config else 0,
     }
 
 
 def peak_of(plan):
-    """The bytes of a memory_plan at a time: the cache and what an update needs take turns."""
-    return sum(plan.values()) - min(plan["cache"], plan["activations"] + plan["logits"])
+    """The bytes of a memory_plan at a time: sampling, scoring and an update take turns."""
+    turns = plan["cache"] + plan["scoring"], plan["activations"] + plan["logits"]
+    return sum(plan.values()) - min(turns)
 
 
 def check_memory(plan, available, where):
@@ -75,8 +82,10 @@ def check_memory(plan, available, where):
         cures = {"weights": "a smaller --sft_model", "trained": "--lora_rank 16",
                  "activations": "--checkpoint_activations, a smaller --micro_batch_size",
                  "logits": "a smaller --micro_batch_size", "judge": "a smaller --judge",
-                 "cache": "a smaller --rollout_batch_size"}
+                 "cache": "a smaller --rollout_batch_size",
+                 "scoring": "a smaller --rollout_batch_size"}
         largest = sorted(plan, key=plan.get, reverse=True)[:3]
         raise SettingError(f"about {total / 2**30:.0f} GiB are needed and {where} has "
                            f"{available / 2**30:.0f}; what would help: "
-                           + "; ".join(cures[name] for name in largest))
+                           + "; ".join([*dict.fromkeys(cures[name] for name in largest),
+                                        "a smaller preset: --preset student"]))

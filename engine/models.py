@@ -2,13 +2,16 @@
 
 import re
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import AutoTokenizer
 
+from engine.devices import LARGE, largest_logit, prepare
 from engine.settings import SettingError
 
 
@@ -68,6 +71,35 @@ def shrink(config):
                                               if hasattr(config, key)}})
 
 
+def causal_config(name):
+    """The config of a language model that writes text from left to right; SettingError for another
+    one (BERT and its kin count as such in transformers, and see what they are to write)."""
+    config = from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
+    kind = config.model_type
+    looks_ahead = config.is_encoder_decoder or "bert" in kind and not config.is_decoder
+    if looks_ahead or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise SettingError(f"{name}: {kind} is no causal language model; pass one like GPT-2, "
+                           "GPT-J, GPT-NeoX (Pythia), Llama or Qwen2")
+    return config
+
+
+def load_for_training(name, device, dtype, settings):
+    """load_language_model for what is trained: frozen weights (adapters) in dtype, others in
+    float32. Returns tokenizer, model, and the type to multiply in, which is float32 after all where
+    --dtype is auto and the model's logits are too large for half precision."""
+    frozen = dtype if settings.lora_rank else torch.float32
+    load = partial(load_language_model, name, device, tokenizer=settings.tokenizer,
+                   small=settings.fast_dev_run)
+    tokenizer, model = load(dtype=frozen)
+    if settings.dtype == "auto" and dtype != torch.float32:
+        largest = largest_logit(model, tokenizer)
+        if largest > LARGE:
+            print(f"{name}: logits up to {largest:.0f}, too large for half precision: float32")
+            tokenizer, model = load(dtype=torch.float32)
+            dtype = torch.float32
+    return tokenizer, model, dtype
+
+
 def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None, small=False):
     """Tokenizer and model of a local folder or hub id, in eval mode. Code that comes with a model
     is refused: left to its default, transformers asks the user whether to run it."""
@@ -90,4 +122,4 @@ def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None,
     if rows < len(tokenizer):
         raise SettingError(f"{tokenizer_name}: {len(tokenizer)} tokens, but {name} knows {rows}: "
                            "this tokenizer belongs to another model")
-    return tokenizer, model.to(device).eval()
+    return tokenizer, prepare(model).to(device).eval()

@@ -2,7 +2,8 @@
 
 `torchrun --nproc_per_node N rlhf_minimal.py ...`: each process has all models and its share of each
 batch; gradients are summed by torch.distributed, and what is summed is never an average of
-averages, so N processes take the step that one process would take on the same batch.
+averages, so N processes take the step that one process would take on the same batch. (Where PPO has
+several minibatches and each is cut, N processes put other posts into a minibatch than one would.)
 
 What is no training step (comparisons of the tiny world, judging, measuring) each process does for
 itself, from the same seed and the same weights (sums are equal to the last bit on all of them, so
@@ -53,6 +54,21 @@ def gather(tensor):
         tensors = [None] * n_processes()
         dist.all_gather_object(tensors, tensor.cpu())
     return [part.to(tensor.device) for part in tensors]
+
+
+def share_out(function, judge, *lists):
+    """function(judge, *lists) -> a list with an entry for each row, of which each process makes its
+    share; all of them get the whole."""
+    with agreed():
+        own = function(judge, *(rows[rank() :: n_processes()] for rows in lists))
+    everybody = [own]
+    if n_processes() > 1:
+        everybody = [None] * n_processes()
+        dist.all_gather_object(everybody, own)
+    result = [None] * len(lists[0])
+    for i, part in enumerate(everybody):
+        result[i :: n_processes()] = part
+    return result
 
 
 @contextmanager

@@ -18,7 +18,7 @@ class SettingError(ValueError):
 
 @dataclass
 class RunConfig:
-    preset: str = HfArg(default="tiny", help="tiny (CPU, no download) or full (paper)")
+    preset: str = HfArg(default="tiny", help="tiny (CPU, no download), student, day or full")
     seed: int = HfArg(default=0, help="of everything; paper: 3-10 seeds for the RM (B.1)")
     output_dir: str = HfArg(default=None, help="folder of the run; fresh runs/<preset>-<n>")
     resume: bool = HfArg(default=False, help="go on with the run that was stopped in output_dir")
@@ -28,6 +28,8 @@ class RunConfig:
     summarize: str = HfArg(default=None, help="file with a post to summarize by output_dir")
     comparisons: str = HfArg(default=None, help="hub id or .jsonl/.parquet; paper: 64,832 (3.2)")
     posts: str = HfArg(default=None, help="hub id or .jsonl/.parquet/.csv; paper: 123,169 (3.2)")
+    max_posts: int = HfArg(default=0, help="of posts and of comparisons to train on; 0 = all")
+    base_model: str = HfArg(default=None, help="hub id or folder, SFT starts from it; paper: GPT-3")
     sft_model: str = HfArg(default=None, help="hub id or folder, skips SFT; paper: 1.3B (3.4)")
     reward_model: str = HfArg(default=None, help="folder of a reward_model/: skips its training")
     query_length: int = HfArg(default=512, help="tokens of a prompt at most; paper: 512 (B.2)")
@@ -49,30 +51,47 @@ class ToyConfig:
 
 @dataclass
 class ModelConfig:
+    device: str = HfArg(default="auto", help="auto (cuda, else cpu), cpu, cuda or mps (a Mac's)")
+    dtype: str = HfArg(default="auto", help="of products: auto, float32, bfloat16 or float16")
     lora_rank: int = HfArg(default=0, help="of adapters; 0 = train all weights, as the paper does")
     micro_batch_size: int = HfArg(default=0, help="rows in memory at a time; 0 = the whole batch")
     rollout_batch_size: int = HfArg(default=0, help="rows sampled at a time; 0 = the whole batch")
     checkpoint_activations: bool = HfArg(default=False, help="less memory, a third more compute")
 
 
+TLDR = {  # the paper's data (3.2, 3.3) as the hub has it
+    "comparisons": "openai/summarize_from_feedback",
+    "posts": "vwxyzjn/summarize_from_feedback_tldr_3_filtered",
+    "temperature": 0.7,  # N+; the paper doesn't say
+    "reward_batch_size": 64, "ppo_batch_size": 512}  # B.1
+# Rates of adapters are ten times those of all weights (B.1), which is what they take (Schulman et
+# al. 2025, "LoRA Without Regret"; Hu et al. 2021 have 2e-4).
 PRESETS = {
     "tiny": {},
-    # B.1's values for 1.3B, beside a model of 6B. The paper's own for 6.7B: reward_lr 5e-6, ppo_lr
-    # 7e-6, ppo_batch_size 256. Adapters (lora_rank) may want larger rates than either.
-    "full": {
-        "comparisons": "openai/summarize_from_feedback",
-        "posts": "vwxyzjn/summarize_from_feedback_tldr_3_filtered",
-        # GPT-J-6B; trained with single newlines, published without its tokenizer
+    # Two hours on a card of 16 - 24 GB (an estimate): a base model of 135M, all weights. The paper
+    # has none so small; its rates fall with size, so these are twice those of 1.3B: a guess.
+    "student": TLDR | {
+        "base_model": "HuggingFaceTB/SmolLM2-135M", "max_posts": 15_000,
+        "sft_lr": 1.3e-4, "sft_batch_size": 128, "reward_lr": 3e-5, "ppo_lr": 3e-5,
+        "ppo_episodes": 4_096, "ppo_batch_size": 128, "micro_batch_size": 4,
+        "rollout_batch_size": 64, "judge": "Qwen/Qwen2.5-0.5B-Instruct"},
+    # A day on one card of 24 - 80 GB (an estimate): Pythia 1B, fine-tuned by the N+ study, with
+    # adapters. Ten times B.1's rates for 1.3B.
+    "day": TLDR | {
+        "sft_model": "cleanrl/EleutherAI_pythia-1b-deduped__sft__tldr",
+        "reward_lr": 1.5e-4, "ppo_lr": 1.5e-4, "ppo_episodes": 100_000, "response_length": 53,
+        "lora_rank": 16, "micro_batch_size": 8, "rollout_batch_size": 64,
+        "judge": "Qwen/Qwen2.5-1.5B-Instruct"},  # its summaries are up to 53 tokens of Pythia's
+    # One card of 80 GB: GPT-J-6B, trained with single newlines, published without its tokenizer.
+    # Adapters; ten times B.1's rates for 6.7B, 5e-6 and 7e-6, and its batch. The paper has
+    # 1,000,000 episodes: --ppo_episodes 1000000 is ten times as long.
+    "full": TLDR | {
         "sft_model": "CarperAI/openai_summarize_tldr_sft", "tokenizer": "EleutherAI/gpt-j-6B",
-        "prompt_newlines": 1,
+        "prompt_newlines": 1, "reward_lr": 5e-5, "ppo_lr": 7e-5, "ppo_episodes": 100_000,
+        "ppo_batch_size": 256, "lora_rank": 16, "micro_batch_size": 16, "rollout_batch_size": 64,
+        "checkpoint_activations": True,
         # for research only; under Apache-2.0: Qwen/Qwen3-4B-Instruct-2507
-        "judge": "Qwen/Qwen2.5-3B-Instruct",
-        "reward_lr": 1.5e-5, "reward_batch_size": 64, "ppo_lr": 1.5e-5, "ppo_episodes": 1_000_000,
-        "ppo_batch_size": 512,
-        "temperature": 0.7,  # N+; the paper doesn't say
-        # so that it fits on one GPU of 80 GB
-        "lora_rank": 16, "micro_batch_size": 16, "rollout_batch_size": 64,
-        "checkpoint_activations": True},
+        "judge": "Qwen/Qwen2.5-3B-Instruct"},
 }
 FAST = {  # --fast_dev_run: so few of everything that only the code is tested
     "toy_posts": 64, "toy_comparisons": 200, "toy_held_out": 16, "ppo_episodes": 32,
@@ -83,7 +102,7 @@ FAST = {  # --fast_dev_run: so few of everything that only the code is tested
 RANGES = {
     "seed": (0, 2**63 - 1), "save_seconds": (0, math.inf),
     "lora_rank": (0, math.inf), "micro_batch_size": (0, math.inf),
-    "rollout_batch_size": (0, math.inf), "judge_every": (0, math.inf),
+    "rollout_batch_size": (0, math.inf), "judge_every": (0, math.inf), "max_posts": (0, math.inf),
     "sft_lr": (0, math.inf), "reward_lr": (0, math.inf), "ppo_lr": (0, math.inf),
     "kl_beta": (0, math.inf), "value_weight": (0, math.inf),
     "gamma": (0, 1), "lam": (0, 1), "missing_eos": (-math.inf, math.inf)}
@@ -130,9 +149,13 @@ def parse(arguments, configs):
     if settings.preset not in PRESETS:
         refuse(f"--preset {settings.preset}: expected one of {', '.join(PRESETS)}")
     defaults = dict(PRESETS[settings.preset])
-    if settings.sft_model not in (None, defaults.get("sft_model")):
-        for name in ("tokenizer", "prompt_newlines"):  # those of the preset's own model
-            defaults.pop(name, None)
+    if settings.base_model and settings.sft_model:
+        refuse("--base_model and --sft_model: expected one of them")
+    for name, other in (("sft_model", "base_model"), ("base_model", "sft_model")):
+        given = getattr(settings, name)
+        if given and given != defaults.get(name):  # what belongs to the preset's own model goes
+            for mine in (other, "tokenizer", "prompt_newlines"):
+                defaults.pop(mine, None)
     parser.set_defaults(**defaults)
     if settings.fast_dev_run:
         parser.set_defaults(**FAST)

@@ -27,7 +27,8 @@ import torch
 from tqdm.auto import tqdm
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # the repository's own files
+if str(HERE.parent) not in sys.path:
+    sys.path.insert(0, str(HERE.parent))  # the repository's own files
 
 import ppo
 import toy

@@ -1,33 +1,47 @@
-"""engine/adapters.py: which network is which where policy and reference share their frozen weights,
-and critic and reward model theirs."""
+"""engine/adapters.py: several networks on one frozen model, each with an adapter of its own."""
 
 import copy
 
 import pytest
 import torch
 from test_lm import CONFIGS, QUERIES, RESPONSES, build, every_architecture, padded
+from transformers import AutoModelForCausalLM
 
 from engine import adapters
+from engine.devices import prepare
 from lm import response_log_probs, sample
-from ppo import response_values
+from ppo import PPOConfig, other_networks, response_values
+from engine.settings import ModelConfig
 from reward import RewardModel, final_scores
+from types import SimpleNamespace
 
 torch.set_num_threads(1)
 IDS, REAL, _, WIDTH = padded(QUERIES, RESPONSES, 1, 1)
 ON = REAL[:, -WIDTH:].bool()
+CONFIG = SimpleNamespace(**vars(PPOConfig()), **vars(ModelConfig()))
 
 
-def networks(architecture, rank=2):
-    """The SFT model and the reward model, copies of both, and what share_trunks makes of them."""
+def networks(architecture, rank=2, trained=.1):
+    """The SFT model as it came; and, on its frozen weights: the policy, its reference, the reward
+    model and its critic. trained: how far SFT and reward training have moved their adapters."""
     sft = build(CONFIGS[architecture]())
+    before = copy.deepcopy(sft)
     with torch.random.fork_rng():
+        policy = adapters.add_adapter(sft, rank, seed=7)
+        move(policy, trained)
         torch.manual_seed(1)
-        reward_model = RewardModel(build(CONFIGS[architecture](), seed=5))
+        reward_model = RewardModel(policy)
+        move(reward_model, trained)
     reward_model.reference_mean.fill_(.4)
-    reward_model.requires_grad_(False)  # as ppo.four_networks does first
-    before = copy.deepcopy(sft), copy.deepcopy(reward_model)
-    with torch.random.fork_rng():
-        return before, reward_model, adapters.share_trunks(sft, reward_model, rank, seed=7)
+    then = numbers(policy), scores(reward_model)
+    reference, critic = other_networks(policy, reward_model, None, CONFIG)
+    return before, then, policy, reference, reward_model, critic
+
+
+def move(model, distance):
+    with torch.no_grad():
+        for i, p in enumerate(adapters.trainable(model)):
+            p.add_(distance * torch.sin(torch.arange(p.numel()) + i).view_as(p))
 
 
 @torch.no_grad()
@@ -50,87 +64,155 @@ def train(model, loss, steps=3):
 
 
 @every_architecture
+def test_an_adapter_starts_as_nothing(architecture):
+    sft, _, policy, *_ = networks(architecture, trained=0)
+    assert torch.equal(numbers(policy), numbers(sft)), "W x + B A x, with B = 0"
+
+
+@every_architecture
 def test_at_the_start_each_pair_is_one_network(architecture):
-    (sft, reward_before), reward_model, (policy, reference, critic) = networks(architecture)
-    assert torch.equal(numbers(reference), numbers(sft)), "pi_SFT is the policy as it came"
-    assert torch.equal(numbers(policy), numbers(sft)), "an adapter starts as zero: ratio 1, KL 0"
-    assert torch.equal(scores(critic), scores(reward_before)), "V starts as r, head and mean (3.4)"
-    assert torch.equal(scores(reward_model), scores(reward_before))
+    sft, (log_probs, rewards), policy, reference, reward_model, critic = networks(architecture)
+    assert (log_probs - numbers(sft)).abs().max() > .01, "SFT has trained its adapter"
+    for network in (policy, reference, policy):
+        assert torch.equal(numbers(network), log_probs), "pi_SFT is the policy as it came"
+    for network in (critic, reward_model, critic):
+        assert torch.equal(scores(network), rewards), "V starts as r, head and mean (3.4)"
+
+
+def test_the_reward_model_starts_from_the_trained_adapter():
+    with torch.random.fork_rng():
+        policy = adapters.add_adapter(build(CONFIGS["llama"]()), 2, seed=7)
+        move(policy, .1)
+        hidden = RewardModel(policy).trunk(input_ids=IDS, attention_mask=REAL).last_hidden_state
+    plain = policy.network.base_model  # through the policy's adapter, which was asked last
+    policy(input_ids=IDS, attention_mask=REAL)
+    assert torch.equal(plain(input_ids=IDS, attention_mask=REAL).last_hidden_state, hidden)
 
 
 @every_architecture
-def test_training_the_policy_leaves_the_reference(architecture):
-    (sft, reward_before), reward_model, (policy, reference, critic) = networks(architecture)
+def test_training_one_network_leaves_the_others(architecture):
+    sft, (log_probs, rewards), policy, reference, reward_model, critic = networks(architecture)
     train(policy, lambda: -response_log_probs(policy, IDS, REAL, WIDTH)[ON].mean())
-    assert (numbers(policy) - numbers(sft)).abs().max() > .05, "it learns"
-    assert torch.equal(numbers(reference), numbers(sft)), "pi_SFT stays as it was"
-    assert torch.equal(scores(critic), scores(reward_before)), "no weight is shared with the critic"
-    merged = adapters.merge_adapter(copy.deepcopy(policy))
-    assert (numbers(merged) - numbers(policy)).abs().max() < 1e-4, "merged: the trained one"
-    assert not adapters.has_adapter(merged) and adapters.has_adapter(policy)
-
-
-@every_architecture
-def test_training_the_critic_leaves_the_reward_model(architecture):
-    (sft, before), reward_model, (policy, reference, critic) = networks(architecture)
-    head = copy.deepcopy(critic.head)
+    moved = numbers(policy)
+    assert (moved - log_probs).abs().max() > .05, "it learns"
+    assert torch.equal(numbers(reference), log_probs), "pi_SFT stays as it was"
+    assert torch.equal(scores(critic), rewards), "no weight is shared with the critic"
     train(critic, lambda: (response_values(critic, IDS, REAL, WIDTH)[ON] - 3).square().mean())
-    assert (scores(critic) - scores(before)).abs().max() > .05, "it learns"
-    assert not torch.equal(critic.head.weight, head.weight), "its head too"
-    assert torch.equal(scores(reward_model), scores(before)), (
+    assert (scores(critic) - rewards).abs().max() > .05, "it learns"
+    assert torch.equal(scores(reward_model), rewards), (
         "the reward that PPO is paid moves with the critic")
-    assert torch.equal(numbers(policy), numbers(sft)), "no weight is shared with the policy"
+    assert torch.equal(numbers(policy), moved), "no weight is shared with the policy"
     assert reward_model.reference_mean == critic.reference_mean == torch.tensor(.4)
+    frozen = {name.replace(".base_layer.", "."): p for name, p in policy.network.state_dict().items()
+              if "lora_" not in name}
+    assert all(torch.equal(frozen[name], p) for name, p in sft.state_dict().items()), (
+        "the shared weights are frozen")
 
 
-def test_two_networks_are_in_memory_instead_of_four():
-    _, reward_model, (policy, reference, critic) = networks("gpt_neox")
-    kept = {p.data_ptr() for module in (policy, critic) for p in module.parameters()}
-    for module in (reference, reward_model.trunk):
-        assert {p.data_ptr() for p in module.parameters()} <= kept, "a second copy of the weights"
+def test_one_model_is_in_memory_for_four():
+    _, _, policy, reference, reward_model, critic = networks("gpt_neox")
+    ours = {p.data_ptr() for p in policy.parameters()}
+    for module in (reference, reward_model.trunk, critic.trunk):
+        assert {p.data_ptr() for p in module.parameters()} == ours, "another copy of the weights"
     assert reward_model.head.weight.data_ptr() != critic.head.weight.data_ptr()
-    for module in (policy, critic):
-        names = [name for name, p in module.named_parameters() if p.requires_grad]
-        assert all("lora" in name or name.startswith("head.") for name in names)
-        assert ("head.weight" in names) == ("head.bias" in names) == (module is critic)
-    assert not any(p.requires_grad for p in reward_model.head.parameters())
+    names = [[name for name, _ in adapters.trainable_named(m)] for m in (policy, critic)]
+    assert all(".policy." in name for name in names[0]) and len(names[0]) == len(names[1]) - 2
+    assert names[1][-2:] == ["head.weight", "head.bias"]
+    assert all(".critic." in name for name in names[1][:-2])
 
 
 def test_adapters_depend_on_the_seed_alone():
     found = []
     for _ in range(2):
         torch.rand(3)  # the global random state has moved
-        _, _, (policy, _, critic) = networks("llama")
+        _, _, policy, _, _, critic = networks("llama")
         found.append([p for module in (policy, critic) for p in adapters.trainable(module)])
     assert all(torch.equal(p, q) for p, q in zip(*found))
 
 
-def test_no_gradient_through_the_reference_or_the_reward():
-    _, reward_model, (policy, reference, critic) = networks("gpt2")
-    assert not response_log_probs(reference, IDS, REAL, WIDTH).requires_grad
-    assert not final_scores(reward_model, IDS, REAL, WIDTH).requires_grad
-    assert response_log_probs(policy, IDS, REAL, WIDTH).requires_grad
-    assert response_values(critic, IDS, REAL, WIDTH).requires_grad
+def test_gradients_go_to_the_network_that_was_asked_and_to_no_other():
+    _, _, policy, reference, reward_model, critic = networks("gpt2")
+    numbers(reference), scores(reward_model), scores(critic)  # others were asked before
+    response_log_probs(policy, IDS, REAL, WIDTH)[ON].sum().backward()
+    with_gradient = {name for name, p in policy.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name, _ in adapters.trainable_named(policy)}
+    assert all(p.grad is None for p in critic.head.parameters())
+    policy.zero_grad()
+    response_values(critic, IDS, REAL, WIDTH)[ON].sum().backward()
+    with_gradient = {name for name, p in critic.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name, _ in adapters.trainable_named(critic)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_architecture
+def test_what_is_saved_scores_as_what_was_trained(architecture, dtype, tmp_path):
+    """Merged in float32: a plain model without a trace of an adapter."""
+    with torch.random.fork_rng():
+        policy = adapters.add_adapter(build(CONFIGS[architecture]()).to(dtype), 2, seed=7)
+        move(policy, .1)
+        reward_model = RewardModel(policy)
+        move(reward_model, .1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        ours, paid = numbers(policy), scores(reward_model)
+    policy.save_pretrained(tmp_path / "policy")
+    (tmp_path / "reward").mkdir()
+    reward_model.save_pretrained(tmp_path / "reward")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
+    assert loaded.dtype == torch.float32 and not any("lora" in name for name in loaded.state_dict())
+    # an update rounded to bfloat16 would be off by much more than what half precision itself is
+    near = 1e-3 if dtype == torch.float32 else .05
+    assert (numbers(loaded) - ours).abs().max() < near
+    assert (scores(RewardModel.from_pretrained(tmp_path / "reward")) - paid).abs().max() < near
+    # W + 2 B A by hand (alpha / r = 2), in float32, for one matrix
+    name, layer = next((name, module) for name, module in policy.network.named_modules()
+                       if hasattr(module, "lora_A"))
+    a, b = layer.lora_A["policy"].weight, layer.lora_B["policy"].weight
+    delta = 2 * (b @ a).detach()
+    weight = loaded.state_dict()[f"{name}.weight"] - layer.base_layer.weight.float()
+    assert torch.allclose(weight, delta.T if architecture == "gpt2" else delta, atol=1e-6)
+
+
+def test_checkpoints_hold_each_networks_own_weights():
+    from engine.folder import flatten, put_back
+    _, _, policy, _, _, critic = networks("llama")
+    saved = flatten({"policy": policy, "critic": critic}, copy=True)
+    assert sorted(name.split("/")[0] for name in saved).count("critic") == len(
+        adapters.trainable(critic))
+    ours, theirs = numbers(policy), scores(critic)
+    move(policy, .3), move(critic, .3)
+    put_back({"policy": policy, "critic": critic}, saved)
+    assert torch.equal(numbers(policy), ours) and torch.equal(scores(critic), theirs)
 
 
 @every_architecture
-def test_without_its_adapter_a_model_samples_as_before(architecture):
-    sft = build(CONFIGS[architecture]())
-    policy = adapters.add_adapter(copy.deepcopy(sft), 2)
-    with torch.no_grad():
-        for p in adapters.trainable(policy):
-            p.add_(.3)
-    plain = adapters.WithoutAdapter(policy)
-    assert (plain.config, plain.dtype, plain.device) == (policy.config, sft.dtype, sft.device)
+def test_a_network_samples_through_its_own_adapter(architecture):
+    sft, _, policy, reference, *_ = networks(architecture, trained=0)
+    move(policy, .3)
     ids, mask, _, _ = padded(QUERIES, [[]] * 4)
     settings = {"eos_token_id": 2, "pad_token_id": 0, "temperature": 0}
-    texts = [sample(model, ids, mask, 6, **settings) for model in (sft, plain, policy)]
+    texts = [sample(model, ids, mask, 6, **settings) for model in (sft, reference, policy)]
     assert torch.equal(texts[0], texts[1])
     assert texts[2].shape != texts[0].shape or not torch.equal(texts[2], texts[0])
-    assert (numbers(policy) - numbers(sft)).abs().max() > .05, "afterwards the adapter is on again"
-    with pytest.raises(ZeroDivisionError):  # also after an error within
-        plain(input_ids=1 / 0)
-    with pytest.raises(Exception):
-        plain(input_ids="no ids")
-    assert (numbers(policy) - numbers(sft)).abs().max() > .05
-    assert torch.equal(numbers(plain), numbers(sft))
+    assert (reference.config, reference.dtype, reference.device) == (
+        policy.config, sft.dtype, sft.device)
+
+
+# ---------------------------------------------------------------------------- half precision
+
+
+@every_architecture
+def test_a_prepared_model_is_the_same_function(architecture):
+    plain = build(CONFIGS[architecture]())
+    ours = prepare(copy.deepcopy(plain))
+    assert (numbers(ours) - numbers(plain)).abs().max() < 1e-5
+    assert ours.state_dict().keys() == plain.state_dict().keys()
+    if architecture in ("gpt2", "gptj"):
+        assert any(isinstance(m, torch.nn.GELU) and m.approximate == "tanh" for m in ours.modules())
+
+
+def test_logits_are_made_in_float32():
+    model = prepare(build(CONFIGS["llama"]())).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=IDS, attention_mask=REAL).logits
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float()), "three digits only"

@@ -78,30 +78,31 @@ def test_adapters_are_on_every_matrix_but_the_one_that_makes_the_logits(name):
     matrices = {key: module.weight.shape for key, module in plain.named_modules()
                 if isinstance(module, (torch.nn.Linear, Conv1D))
                 and module is not plain.get_output_embeddings()}
-    network = add_adapter(make(name), 3)
-    config = network.peft_config["default"]
+    policy = add_adapter(make(name), 3, 0)
+    config = policy.shared.peft_config["policy"]
     assert (config.r, config.lora_alpha) == (3, 6), "what an adapter adds is scaled by 2"
-    adapters = {key.removeprefix("base_model.model.") for key, module in network.named_modules()
-                if hasattr(module, "lora_A")}
+    adapters = {key for key, module in policy.network.named_modules() if hasattr(module, "lora_A")}
     assert adapters == set(matrices)
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    assert trained == sum(3 * (rows + columns) for rows, columns in matrices.values())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert trained == sum(p.numel() for p in trainable(policy)) == sum(3 * (rows + columns) for rows, columns in matrices.values())
 
 
 @every_architecture
 @pytest.mark.parametrize("checkpoint", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ppo_with_adapters(name, checkpoint, tmp_path, monkeypatch):
-    """The reference is the policy with its adapter off, the critic the reward model's trunk with an
-    adapter and a head of its own; what is frozen stays; what is saved is what was trained."""
-    policy = make(name)
+    """Four networks on one frozen model, which stays; what is saved is what was trained."""
+    sft = make(name)
+    as_trained = RewardModel(sft)
+    as_trained.reference_mean.fill_(0.4)
+    policy = add_adapter(copy.deepcopy(sft), 2, 0)
     reward_model = RewardModel(policy)
+    reward_model.head.load_state_dict(as_trained.head.state_dict())
     reward_model.reference_mean.fill_(0.4)
-    sft, as_trained, head = copy.deepcopy(policy), copy.deepcopy(reward_model), None
     seen = []
 
     def rollout(network, reference, reward_model, critic, *rest):
         (part,) = batch = ppo_rollout(network, reference, reward_model, critic, *rest)
-        ids, mask, width = part.text
+        ids, mask, width = part.inputs
         real = part.mask
         with torch.no_grad():
             oracle = lm.response_log_probs(sft, ids, mask, width)[real]
@@ -124,7 +125,7 @@ def test_ppo_with_adapters(name, checkpoint, tmp_path, monkeypatch):
                            settings(lora_rank=2, checkpoint_activations=checkpoint))
     assert seen[0] < 1e-5 < 1e-3 < seen[-1], "ratio 1 at the start, and a policy that then moves"
 
-    assert reward_model.trunk.model is critic.trunk, "one set of frozen weights"
+    assert reward_model.trunk.shared is critic.trunk.shared is policy.shared, "one frozen model"
     assert critic.head is not reward_model.head
     head = as_trained.head.state_dict()
     assert all(torch.equal(head[key], value)
@@ -132,8 +133,7 @@ def test_ppo_with_adapters(name, checkpoint, tmp_path, monkeypatch):
     assert not torch.equal(critic.head.weight, reward_model.head.weight)
     assert not any(weight.requires_grad for weight in reward_model.head.parameters())
     frozen = {key.replace(".base_layer", ""): value
-              for key, value in critic.trunk.get_base_model().state_dict().items()
-              if "lora_" not in key}
+              for key, value in critic.trunk.network.state_dict().items() if "lora_" not in key}
     assert frozen.keys() == as_trained.trunk.state_dict().keys()
     assert all(torch.equal(value, frozen[key])
                for key, value in as_trained.trunk.state_dict().items())
@@ -148,10 +148,11 @@ def test_ppo_with_adapters(name, checkpoint, tmp_path, monkeypatch):
         logits = [m(input_ids=ids, attention_mask=mask,
                     position_ids=lm.get_position_ids(mask)).logits[real]
                   for m in (policy, loaded, sft)]
-        assert torch.equal(logits[0], logits[1])
+        assert (logits[0] - logits[1]).abs().max() < 1e-4
         assert (logits[0] - logits[2]).abs().max() > 1e-3
+        (tmp_path / "critic").mkdir()
         critic.save_pretrained(tmp_path / "critic")
-        assert hasattr(critic.trunk, "merge_and_unload"), "what is merged is a copy"
+        assert len(trainable(critic)) == len(trainable(policy)) + 2, "what is merged is a copy"
         saved = load_file(tmp_path / "critic" / "model.safetensors")
         assert not any("lora" in key for key in saved)
         values = RewardModel.from_pretrained(tmp_path / "critic")(ids, mask)[real]
@@ -166,7 +167,7 @@ def test_checkpointed_activations_change_no_value_and_no_gradient(name, lora_ran
     found = []
     for checkpoint in (False, True):
         model = make(name)
-        network = add_adapter(model, lora_rank) if lora_rank else model
+        network = add_adapter(model, lora_rank, 0) if lora_rank else model
         for key, weight in network.named_parameters():
             if "lora_B" in key:  # zero at the start, when A has no gradient
                 torch.nn.init.normal_(weight, std=0.1, generator=generator_for(0, key))
@@ -579,24 +580,25 @@ def test_no_post_on_both_sides(local, served, hub, capsys):
 
 
 @every_architecture
-def test_a_reward_model_with_merged_adapters(name, hub, tmp_path):
-    """Trained with adapters: merged, normalised, and saved with its reference_mean."""
+def test_a_reward_model_with_adapters(name, hub, tmp_path):
+    """Trained with an adapter: normalised, and saved merged, with its reference_mean."""
     tokenizer = AutoTokenizer.from_pretrained(hub / "gpt-j-6B", pad_token="<|endoftext|>")
     config = copy.deepcopy(ARCHITECTURES[name])
     config.vocab_size, config.max_position_embeddings = VOCABULARY, 256
     torch.manual_seed(3)
-    sft = AutoModelForCausalLM.from_config(config).eval()
-    before = copies(sft)
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    before = copies(plain)
+    sft = add_adapter(plain, 2, 0)
     some = settings(lora_rank=2, checkpoint_activations=True, reward_lr=1e-2, reward_batch_size=4,
                     reward_model=None)
     posts = [{"post": post_of(i), "summary": "dog " * i} for i in range(1, 6)]
     pairs = [([5, 6, 7], [8, i + 9, 0], [7, 0]) for i in range(16)]
     trained = rlhf_minimal.make_reward_model(new_run(tmp_path / "run"), some, posts, pairs,
                                              tokenizer, sft, None)
-    assert all(torch.equal(before[key], value) for key, value in sft.state_dict().items())
-    assert trained.trunk.state_dict().keys() == sft.base_model.state_dict().keys(), "not merged"
-    assert any(not torch.equal(trained.trunk.state_dict()[key], value) for key, value
-               in sft.base_model.state_dict().items()), "the adapters learned nothing"
+    assert all(torch.equal(before[key], value) for key, value in sft.merged().items()), "SFT moved"
+    merged, plain = trained.trunk.merged(), sft.base_model.merged()
+    assert merged.keys() == plain.keys()
+    assert any(not torch.equal(merged[key], plain[key]) for key in merged), "it learned nothing"
     sides = [torch.tensor([[*query, *summary] for query, *both in pairs
                            for summary in both[side:][:1]]) for side in (0, 1)]
     with torch.no_grad():
@@ -607,7 +609,8 @@ def test_a_reward_model_with_merged_adapters(name, hub, tmp_path):
     assert abs(sum(rewards) / 5) < 1e-5 < abs(trained.reference_mean)
     loaded = RewardModel.from_pretrained(tmp_path / "run" / "reward_model")
     with torch.no_grad():
-        assert torch.equal(loaded.score(sides[0], torch.ones_like(sides[0])), chosen)
+        again = loaded.score(sides[0], torch.ones_like(sides[0]))
+    assert (again - chosen).abs().max() < 1e-4
     assert loaded.reference_mean == trained.reference_mean
 
 
@@ -777,7 +780,7 @@ def test_a_fault_of_the_hub_is_one_line(flag, name, fault, hub, tmp_path, monkey
     where, function = LOADS[name]
     if flag in ("sft_model", "judge"):  # its config and tokenizer have come
         for auto, folder in ((AutoTokenizer, hub / "judge"),
-                             (rlhf_minimal.AutoConfig, hub / "sft")):
+                             (models_file.AutoConfig, hub / "sft")):
             found = auto.from_pretrained
             monkeypatch.setattr(
                 auto, "from_pretrained", lambda path, found=found, folder=folder, **form:
@@ -900,7 +903,7 @@ def test_code_that_comes_with_a_model_is_never_run(file, small, hub, tmp_path, m
 
 
 def test_no_source_file_allows_code_or_pickles():
-    root = Path(rlhf_minimal.__file__).parent
+    root = Path(__file__).resolve().parent.parent
     paths = [path for room in (".", "engine", "figures") for path in root.glob(f"{room}/*.py")]
     assert {"rlhf_minimal.py", "models.py", "make.py"} <= {path.name for path in paths}
     for path in paths:

@@ -771,6 +771,7 @@ def test_where_a_judge_is_loaded_to(gpu, device, dtype, monkeypatch):
 
     monkeypatch.setattr(judge, "load_language_model", ask)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for small in (False, True):
         with pytest.raises(Asked) as asked:
             load_judge("some/judge", small=small)

@@ -735,7 +735,7 @@ def test_rows_of_the_real_schema_go_through(judge, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["--kl_betta", "1"], "--kl_betta"),
     (["--kl_beta", "much"], "kl_beta"),
-    (["--preset", "huge"], "expected one of tiny, full"),
+    (["--preset", "huge"], "expected one of tiny, student, day, full"),
     (["--ppo_batch_size", "0"], "expected more than 0"),
     (["--ppo_batch_size", "10", "--return_sequences", "4"], "divisor"),
     (["--comparisons", "x.jsonl"], "belong together"),

@@ -46,7 +46,7 @@ ARCHITECTURES = list(configs())
 
 def settings(**changes):
     return SimpleNamespace(**{**vars(ppo.PPOConfig()), **vars(ModelConfig()), "query_length": 12,
-                              "response_length": 4, "ppo_batch_size": 8, "ppo_episodes": 8,
+                              "response_length": 4, "summary_length": 8, "ppo_batch_size": 8, "ppo_episodes": 8,
                               "ppo_epochs": 2, **changes})
 
 
@@ -60,18 +60,21 @@ BY_HAND = LlamaConfig(vocab_size=10, hidden_size=4, num_hidden_layers=2, num_att
                       num_key_value_heads=1, intermediate_size=6, tie_word_embeddings=False)
 # Adapters of rank 3: a layer has q and o 3 (4 + 4) each, k and v 3 (4 + 2) each, and three of
 # 3 (4 + 6): 174
-SMALL = {"query_length": 5, "response_length": 3, "micro_batch_size": 2, "rollout_batch_size": 4}
+SMALL = {"query_length": 5, "response_length": 3, "summary_length": 6, "micro_batch_size": 2,
+         "rollout_batch_size": 4}
 
 
 def test_plan_by_hand_with_adapters():
     some = settings(**SMALL, lora_rank=3, checkpoint_activations=True)
     plan = memory_plan(some, BY_HAND, BY_HAND)
     assert plan == {
-        "weights": 2 * 340 + 2 * 300 + 4 * 5,  # policy, trunk of reward model and critic, head
+        # one frozen model; in float32 the adapters of reference and reward model, its head
+        "weights": 2 * 340 + 4 * (348 + 348 + 5),
         "trained": 16 * (348 + 348 + 5),  # two adapters, the critic's head
         "activations": 2 * 8 * 4 * (2 * 2 + 64),  # 2 rows of 8: two layers' inputs, one layer's all
         "logits": 2 * 4 * 10 * 14,
         "cache": 4 * 8 * 2 * 2 * (2 + 2),  # 4 rows of 8, two layers, one head of two
+        "scoring": 4 * (5 + 6) * 4 * 43,  # 4 rows of post and summary, a layer's all
         "judge": 2 * 340}
 
 
@@ -80,19 +83,22 @@ def test_plan_by_hand_with_all_weights():
     assert plan == {
         "weights": 4 * (2 * 340 + 2 * 305), "trained": 12 * (340 + 305),
         "activations": 2 * 8 * 4 * 2 * 64 + 2 * 340,  # and the weights in bfloat16
-        "logits": 2 * 4 * 10 * 14, "cache": 4 * 8 * 2 * 2 * (4 + 2), "judge": 0}
+        "logits": 2 * 4 * 10 * 14, "cache": 4 * 8 * 2 * 2 * (4 + 2),
+        "scoring": 4 * 11 * 4 * 43, "judge": 0}
     on_cpu = memory_plan(settings(**SMALL), BY_HAND, device="cpu")
     assert on_cpu == {
         "weights": 4 * (2 * 340 + 2 * 305), "trained": (12 + 12) * (340 + 305),
         "activations": 2 * 8 * 4 * 2 * 108, "logits": 2 * 4 * 10 * 12,
-        "cache": 4 * 8 * 2 * 2 * (4 + 4), "judge": 0}
+        "cache": 4 * 8 * 2 * 2 * (4 + 4), "scoring": 4 * 11 * 4 * 84, "judge": 0}
 
 
 def test_without_sizes_of_their_own_whole_batches_are_in_memory():
     whole = memory_plan(settings(), BY_HAND)
     eight = memory_plan(settings(micro_batch_size=8, rollout_batch_size=8), BY_HAND)
     half = memory_plan(settings(ppo_minibatches=2), BY_HAND)
-    assert whole == eight and 2 * half["logits"] == whole["logits"]
+    same = [name for name in whole if name != "scoring"]  # of which 256 rows are enough
+    assert [whole[name] for name in same] == [eight[name] for name in same]
+    assert 2 * half["logits"] == whole["logits"] and whole["scoring"] == 32 * eight["scoring"]
 
 
 # ---------------------------------------------------------------------------- what is allocated
@@ -291,8 +297,8 @@ def test_no_tensor_has_scores_for_the_prompt(k):
 def test_a_plan_that_does_not_fit_is_refused_in_one_line_with_cures(capsys):
     GB = 10**9
     plan = {"weights": 24 * GB, "trained": 1 * GB, "activations": 9 * GB, "logits": 2 * GB,
-            "cache": 16 * GB, "judge": 6 * GB}
-    # cache and update take turns: 24 + 1 + 6 + max(9 + 2, 16) = 47
+            "cache": 16 * GB, "scoring": 0, "judge": 6 * GB}
+    # sampling and update take turns: 24 + 1 + 6 + max(9 + 2, 16) = 47
     check_memory(plan, 47 * GB, "a card")
     assert "memory: about 43.8 GiB (weights 22.4, " in capsys.readouterr().out
     with pytest.raises(SettingError) as error:
@@ -301,7 +307,8 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line_with_cures(capsys):
     assert "\n" not in text and "about 44 GiB" in text and "a card has 44" in text
     cures = text.split("what would help: ")[1].split("; ")
     assert [re.search(r"--\w+", cure)[0] for cure in cures] == [
-        "--sft_model", "--rollout_batch_size", "--checkpoint_activations"], "the largest first"
+        "--sft_model", "--rollout_batch_size", "--checkpoint_activations", "--preset"], (
+        "the largest first")
     known = vars(rlhf_minimal.parse_settings([]))
     assert all(name[2:] in known for name in re.findall(r"--\w+", text))
 
@@ -316,16 +323,17 @@ def test_the_full_preset_fits_on_80_gb_and_all_weights_of_6b_do_not():
                         tie_word_embeddings=True)
     full = rlhf_minimal.parse_settings(["--preset", "full"])
     plan = memory_plan(full, gptj, judge)
-    assert plan["weights"] == 2 * (n + n - rows * d - rows) + 4 * (d + 1)
+    adapters = 16 * 28 * (4 * 2 * d + 2 * (d + 4 * d))
+    assert plan["weights"] == 2 * n + 4 * (2 * adapters + d + 1)
     assert 6.0e9 < n < 6.1e9 and 3.0e9 < plan["judge"] / 2 < 3.2e9
     check_memory(plan, 80e9, "one GPU of 80 GB")
     full.lora_rank = 0
-    with pytest.raises(SettingError, match="--lora_rank 16; a smaller --sft_model"):
+    with pytest.raises(SettingError, match="--lora_rank 16; .*--preset student"):
         check_memory(memory_plan(full, gptj, judge), 80e9, "one GPU of 80 GB")
-    # "1B on 48 - 80 GB", all weights: the shape of Pythia-1B
+    # 1B fits with all weights trained: the shape of Pythia-1B
     pythia = GPTNeoXConfig(vocab_size=50304, hidden_size=2048, num_hidden_layers=16,
                            num_attention_heads=8, intermediate_size=8192)
-    check_memory(memory_plan(full, pythia), 48e9, "one GPU of 48 GB")
+    check_memory(memory_plan(full, pythia), 50e9, "50 GB of a card of 80")
 
 
 def test_no_copies_of_weights_in_bfloat16_are_kept_for_the_whole_run(tmp_path, monkeypatch):
@@ -333,37 +341,14 @@ def test_no_copies_of_weights_in_bfloat16_are_kept_for_the_whole_run(tmp_path, m
     first step, here of a layer whose weights became zero."""
     def look(*_):
         layer, x = torch.nn.Linear(2, 2, bias=False), torch.ones(1, 2)
-        # on a CPU run_all switches autocast off, but not what it says about the cache
-        with torch.autocast("cpu", torch.bfloat16, cache_enabled=torch.is_autocast_cache_enabled()):
-            layer(x).sum().backward()
-            layer.weight.data.zero_()
-            raise SettingError(f"then {layer(x).abs().sum().item()}")
+        layer(x).sum().backward()
+        layer.weight.data.zero_()
+        raise SettingError(f"{layer(x).dtype}, then {layer(x).abs().sum().item()}")
 
     for name, function in {"start_processes": lambda *_: "cpu",
-                           "load_given": lambda *_: (None,) * 3,
+                           "load_given": lambda *_: (None, None, None, torch.bfloat16),
                            "load_data": lambda *_: ([], [], [], []),
                            "supervised_baseline": look}.items():
         monkeypatch.setattr(rlhf_minimal, name, function)
-    with pytest.raises(SettingError, match="then 0.0"):
+    with pytest.raises(SettingError, match="bfloat16, then 0.0"):
         rlhf_minimal.run_all(rlhf_minimal.parse_settings(["--output_dir", str(tmp_path / "run")]))
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_full_sizes_runs_on_a_cpu(tmp_path):
-    script = Path(__file__).resolve().parent.parent / "benchmarks" / "full.py"
-    subprocess.run([sys.executable, script, "--shape", "tiny", "--lora_rank", "2", "--updates", "1",
-                    "--peak_tflops", "1", "--json", tmp_path / "numbers.json"], check=True,
-                   timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    numbers = json.loads((tmp_path / "numbers.json").read_text())
-    parts = numbers["seconds_by_part"]
-    assert {"sample", "measure", "update, policy_loss", "update, value_loss"} < {*parts}
-    whole = numbers["seconds_per_update"]
-    assert 0.8 * whole < sum(parts.values()) <= whole
-    # By hand: 2 layers of 12 x 64 x 64 = 98304 weights; adapters 2 (64 + 192 + 64 + 64 + 64 + 256
-    # + 256 + 64) = 2048 a layer; 8 rows of 36 tokens; attention 3 x 2 x 4 x 64 x 18; scores at 5
-    # places of a row, 4 x 64 x 500; 4 passes over policy and critic
-    flops = 4 * (2 * 8 * 36 * (4 * 98304 + 2 * 4096 + 27648) + 8 * 5 * 4 * 64 * 500)
-    seconds = parts["update, policy_loss"] + parts["update, value_loss"]
-    assert numbers["update_tflops"] * 1e12 * seconds == pytest.approx(flops)
-    assert numbers["utilisation"] == pytest.approx(numbers["update_tflops"])
-    assert numbers["peak_memory_bytes"] > 0 and numbers["planned_peak_bytes"] > 0

@@ -16,6 +16,7 @@ import torch
 
 import lm
 import ppo
+from engine.adapters import add_adapter
 from engine.settings import ModelConfig
 from lm import get_log_probs, linear_schedule, response_log_probs
 from ppo import (compute_gae, kl_penalized_rewards, penalize_missing_eos, policy_loss, value_loss,
@@ -621,7 +622,7 @@ def test_each_row_of_a_rollout_is_a_summary_of_its_post(k, changes, parts, monke
     assert len(batch) == parts
     seen = []
     for part in batch:
-        ids, real, width = part.text
+        ids, real, width = part.inputs
         for i, post in enumerate(part.post.tolist()):
             query, response = POSTS[post], written(POSTS[post], i % k)
             row = ids[i][real[i].bool()].tolist()
@@ -634,8 +635,10 @@ def test_each_row_of_a_rollout_is_a_summary_of_its_post(k, changes, parts, monke
                 value = reward_model(alone, alone * 0 + 1)[0]
             n = len(response)
             close(part.log_probs[i, :n], log_probs, "log-probs of another row", 1e-4)
-            close(part.values[i, :n], value[-n - 1 : -1], "values of another row", 1e-4)
-            close(part.scores[i], value[-1] if part.ended[i] else -1., "another's score", 1e-4)
+            close(part.values[i, :n], value[-n - 1 : -1],
+                  "values of another row, or not of the state before its action", 1e-4)
+            close(part.scores[i], value[-1] if part.ended[i] else -1.,
+                  "another's score, or no minus_one where no EOS was drawn", 1e-4)
             close(part.rewards[i].sum(), part.scores[i] - .05 * part.kl[i], "R(x, y)", 1e-5)
         seen += part.post.tolist()
     assert sorted(seen) == [post for post in range(8) for _ in range(k)], "each post k times"
@@ -717,7 +720,7 @@ def gap(log_probs, part):
 @torch.no_grad()
 def gap_in_other_pieces(policy, part):
     """What the same tokens' log-probs differ by with more padding, or with each row on its own."""
-    ids, real, width = part.text
+    ids, real, width = part.inputs
     wider = [torch.nn.functional.pad(x, (5, 3)) for x in (ids, real)]
     gaps = [gap(response_log_probs(policy, *wider, width + 3, .7)[:, :width], part)]
     for row, keep, expected, mask in zip(ids, real.bool(), part.log_probs, part.mask):
@@ -741,7 +744,7 @@ def test_the_ratio_is_1_by_construction(architecture, precision, k):
         assert len(batch) == 3
         others = []
         for part in batch:
-            log_probs = response_log_probs(policy, *part.text, .7, k)
+            log_probs = response_log_probs(policy, *part.inputs, .7, k)
             assert log_probs.requires_grad, "as the policy's step computes them"
             ppo.check_first_update(log_probs.detach(), part)
             assert gap(log_probs.detach(), part) == 0, (
@@ -764,6 +767,12 @@ def test_the_ratio_is_1_by_construction(architecture, precision, k):
 def test_train_ppo_starts_at_a_ratio_of_1(precision, changes, monkeypatch):
     """Whatever the update is cut into: with the tolerance that train_ppo has, and exactly."""
     policy, reward_model, context = in_precision(precision, "llama")
+    if "lora_rank" in changes:
+        policy = add_adapter(policy, changes["lora_rank"], 0)
+        reward_model = RewardModel(policy)
+        # adapters stay in float32, and half precision around them is what run_all has
+        context = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32",
+                                 cache_enabled=False)
     gaps, lines, losses = [], [], []
     check, loss_of = ppo.check_first_update, ppo.policy_loss
 
@@ -792,7 +801,8 @@ def test_train_ppo_starts_at_a_ratio_of_1(precision, changes, monkeypatch):
     assert max(losses[: parts // n_minibatches]) == 0
     assert max(losses[2 * parts :][: parts // n_minibatches]) == 0, "in the second update as well"
     assert min(losses[parts : 2 * parts]) > 1e-3, "and then the policy moves"
-    assert lines[0]["kl_per_summary"] == 0 != lines[1]["kl_per_summary"]
+    assert lines[0]["kl_per_summary"] == 0 != lines[1]["kl_per_summary"], (
+        "the KL to the reference is 0 at first, and then it is not")
 
 
 def test_check_first_update():

@@ -22,9 +22,11 @@ import ppo
 import reward
 import rlhf_minimal
 import sft
+from engine.adapters import add_adapter
 from engine.batches import generator_for, one_step
 from engine.folder import Run
-from engine.processes import agreed, n_processes, rank, start_processes, sum_over_processes
+from engine.processes import agreed, n_processes, rank, share_out, start_processes
+from engine.processes import sum_over_processes
 from engine.settings import ModelConfig, SettingError
 
 torch.set_num_threads(1)
@@ -56,17 +58,22 @@ def settings(**changes):
     return SimpleNamespace(**{**fields, **changes})
 
 
-def models():
+def models(rank):
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(GPTNeoXConfig(
         vocab_size=12, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=32)).eval()
-    return model, reward.RewardModel(model)
+    reward_model = reward.RewardModel(model)
+    if rank:  # the same networks, each with an adapter that starts as nothing
+        model, plain = add_adapter(model, rank, 0), reward_model
+        reward_model = reward.RewardModel(model)
+        reward_model.head.load_state_dict(plain.head.state_dict())
+    return model, reward_model
 
 
 def train(stage, run, changes):
     """One of the three training loops on the fixed rows above."""
-    model, reward_model = models()
+    model, reward_model = models(changes.get("lora_rank", 0))
     if stage == "sft":
         sft.train_sft(run, model, QUERIES, RESPONSES[::2], 0, settings(**changes))
     elif stage == "reward":
@@ -304,7 +311,7 @@ def restarted(folder):
 
     Run.remove = slow_remove
     try:
-        whole_run(folder, "--restart", load_given=lambda *_: (None,) * 3,
+        whole_run(folder, "--restart", load_given=lambda *_: (None, None, None, torch.float32),
                   load_data=lambda *_: ([], [], [], []), supervised_baseline=look)
     finally:
         Run.remove = remove
@@ -340,7 +347,29 @@ def trained(folder):
     return [sum(p.double().sum().item() for p in model.parameters()), sampled, run.lines]
 
 
+def shared(folder):
+    """Seven rows: which this process was asked about, and what both have in the end."""
+    asked = []
+
+    def judge_rows(judge, posts, summaries):
+        asked.extend(posts)
+        return [judge + summary for summary in summaries]
+
+    answers = share_out(judge_rows, "by ", list(range(7)), list("abcdefg"))
+    return [asked, answers]
+
+
+def shared_fault(folder):
+    def judge_rows(judge, posts):
+        if rank() == 1:
+            raise ValueError("no room for this post")
+        return posts
+
+    share_out(judge_rows, None, [1, 2, 3])
+
+
 FAILURES = {
+    "shared": shared, "shared fault": shared_fault,
     "nan reward": lambda f: ppo_with(f, {"ppo.final_scores": nan_reward})(),
     "nan logit": lambda f: ppo_with(f, {"lm.next_token": nan_logit})(),
     "ratio": lambda f: ppo_with(f, {"ppo.response_log_probs": not_itself})(),
@@ -550,3 +579,16 @@ def test_torchrun_leaves_one_run_that_can_be_stopped_and_resumed(tmp_path):
     process = torchrun(tmp_path / "run", *more, "--resume")
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0 and out.count("is finished, nothing to resume") == 1, errors
+
+
+@pytest.mark.slow
+def test_judging_is_shared_and_nobody_waits_for_a_judge_that_failed(two):
+    rows = [f"by {letter}" for letter in "abcdefg"]
+    assert [results["shared"]["result"] for results in two.results] == [
+        [[0, 2, 4, 6], rows], [[1, 3, 5], rows]]
+    assert [results["shared fault"]["result"] for results in two.results] == [
+        ["ValueError", "no room for this post"]] * 2
+
+
+def test_one_process_judges_all():
+    assert share_out(lambda judge, rows: [judge * row for row in rows], 2, [1, 3]) == [2, 6]

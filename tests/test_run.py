@@ -116,6 +116,7 @@ def test_lines_logged_after_the_last_checkpoint_and_torn_ones_are_dropped(tmp_pa
 
 def test_seconds_go_on_from_where_they_were(tmp_path, monkeypatch):
     clock = itertools.count(0, 1000)
+    monkeypatch.setattr(folder_file, "RARELY", 0)  # by this clock, saving takes hours
     monkeypatch.setattr(folder_file.time, "perf_counter", lambda: next(clock))
     interrupted(tmp_path / "run", 5)
     monkeypatch.undo()
@@ -124,6 +125,67 @@ def test_seconds_go_on_from_where_they_were(tmp_path, monkeypatch):
     learn(run)
     for seconds in (run.seconds["sft"], run.total_seconds()["total"]):
         assert 5000 < seconds < 10**6
+
+
+def test_what_a_kill_left_half_written_goes_with_the_next_write(tmp_path):
+    """safetensors, for one, writes a temporary file beside the file that it is asked for."""
+    run = new_run(tmp_path / "run")
+    with pytest.raises(Killed), run.whole("model.safetensors") as path:
+        (path.parent / ".tmpX").write_text("half a file")
+        path.write_text("half")
+        raise Killed
+    run.write("results.json", {})
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+    assert not any(".tmp" in path.name or ".partial" in path.name
+                   for path in (tmp_path / "run").rglob("*"))
+
+
+@pytest.mark.parametrize("seconds, saved", [(0.5, 5), (2, 1)])
+def test_what_takes_long_to_save_is_saved_rarely(seconds, saved, tmp_path, monkeypatch):
+    """Five steps of a second each. Saving takes half a second: after each. Two: 40 s have to pass."""
+    clock, saves, save = SimpleNamespace(now=0.0), [], Run.save
+
+    def slow_save(self, *rest):
+        clock.now += seconds
+        saves.append(clock.now)
+        save(self, *rest)
+
+    def step(number):
+        clock.now += 1
+
+    monkeypatch.setattr(folder_file.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(Run, "save", slow_save)
+    run, model = new_run(tmp_path / "run", save_seconds=0), torch.nn.Linear(2, 2)
+    for number in run.steps("sft", 5, model=model):
+        step(number)
+        run.log("sft", number, loss=0.0)
+    assert len(saves) == saved + (saved == 1), "and at the end"
+
+
+def test_a_snapshot_that_takes_long_has_to_do_for_a_while(tmp_path, monkeypatch):
+    """Three updates of 10 s; a copy takes 2, so one is made each 40 s. The third update goes wrong:
+    what is saved is the state before the first, and so are its metrics."""
+    clock, flatten = SimpleNamespace(now=0.0), folder_file.flatten
+
+    def slow_flatten(parts, copy=False, **rest):
+        clock.now += 2 * copy
+        return flatten(parts, copy=copy, **rest)
+
+    monkeypatch.setattr(folder_file.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(folder_file, "flatten", slow_flatten)
+    run, model = new_run(tmp_path / "run", save_seconds=10**6), torch.nn.Linear(2, 2, bias=False)
+    with pytest.raises(SettingError, match="ppo step 2: .*; the state before step 0 is saved"):
+        with run.guarded():
+            for number in run.steps("ppo", 5, snapshot=True, model=model):
+                clock.now += 10
+                model.weight.data.fill_(number + 1)
+                if number == 2:
+                    raise FloatingPointError("loss is NaN or infinite")
+                run.log("ppo", number, loss=0.0)
+    again = new_run(tmp_path / "run", resume=True)
+    restored = torch.nn.Linear(2, 2, bias=False)
+    assert again.restore("ppo", {"model": restored}) == 0 and again.history("ppo") == []
+    assert not (restored.weight == 1).any(), "the weights before any step"
 
 
 @pytest.mark.parametrize("harm", [

@@ -61,7 +61,7 @@ def test_the_ends_of_each_range_are_within_it(name, value):
     (["--ppo_lr", "fast"], "--ppo_lr"), (["--seed", "1.5"], "--seed"), (["--lam"], "--lam"),
     (["--seed", "9" * 5000], "--seed"), (["--ppo_batch_size", "1e3"], "--ppo_batch_size"),
     (["--no_such", "1"], "--no_such"), (["--ppo", "1"], "--ppo"), (["extra"], "extra"),
-    (["--preset", "huge"], "--preset huge: expected one of tiny, full"),
+    (["--preset", "huge"], "--preset huge: expected one of tiny, student, day, full"),
     (["--resume", "--restart"], "--resume and --restart: expected one of them"),
     (["--return_sequences", "3"], "--return_sequences 3: expected a divisor of ppo_batch_size"),
     (["--toy_width", "20"], r"--toy_width 20: expected a multiple of 2 x toy_heads \(4\)"),

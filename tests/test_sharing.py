@@ -162,7 +162,7 @@ def test_a_microbatch_has_no_column_that_is_padding_in_every_row(micro_batch_siz
         micro_batch_size]
     for part in batch:
         assert part.attention_mask.any(0).all(), "no wider than its longest post and summary"
-        ids, mask, width = part.text
+        ids, mask, width = part.inputs
         assert ids is part.input_ids and mask is part.attention_mask
         assert torch.equal(part.mask, mask[:, -width:].bool()), "a real token is an action"
         assert (part.input_ids[mask == 0] == PAD).all()
