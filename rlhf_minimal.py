@@ -90,6 +90,8 @@ def run_all(settings):
 
 # ---------------------------------------------------------------------------- what is there already
 
+JUDGES = ("labeler", "longest", "reward_model")  # any other name of a judge is a model's
+
 
 def prepare_run(settings):
     """The run's folder, its data, and what is given, before anything is trained: they may not be
@@ -119,17 +121,18 @@ def load_given(settings, device, dtype):
     name, small = settings.judge or "labeler", settings.fast_dev_run
     judge = model = reward_model = None
     start = settings.sft_model or settings.base_model
-    sources = [settings.posts, settings.comparisons, start, settings.tokenizer,
-               settings.reward_model, name]
-    if any("/" in str(source) and not Path(source).exists() for source in sources):  # hub ids
+    models = [source for source in (start, name) if source not in (None, *JUDGES)]
+    sources = [*models, settings.tokenizer, settings.reward_model]
+    rows = [source for source in (settings.posts, settings.comparisons) if "/" in str(source)]
+    if any(source and not Path(source).exists() for source in sources + rows):  # hub ids
         go_offline_unless_reachable()
     if settings.reward_model:
         reward_model = load_reward_model(settings)
     if start and not small:
-        configs = [causal_config(source) for source in (start, name) if "/" in source]
+        configs = map(causal_config, models)
         check_memory(memory_plan(settings, *configs, device=device, dtype=dtype),
                      *available_memory(device))
-    if name == "labeler":
+    if name == "labeler":  # of the tiny world
         judge = quality_judge(toy.true_quality)
     elif name != "reward_model":
         try:

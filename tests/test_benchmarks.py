@@ -1,6 +1,7 @@
 """The benchmarks run, at tiny sizes, and count what they say they count. Nothing is timed here."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,22 @@ def test_loop_gives_the_shares_of_the_stages(tmp_path):
     found = run("loop.py", tmp_path / "a.json", "--fast_dev_run", "true")
     assert {"sft", "reward", "ppo", "judge", "total"} <= set(found["seconds"])
     assert found["share"]["total"] == 1
+
+
+def test_the_readmes_estimates_are_those_of_the_script(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import estimates
+    estimates.main()
+    rows = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[2:-1]]
+            for line in capsys.readouterr().out.splitlines() if line.startswith("| `")}
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    stated = {line.split("`")[1]: [cell.strip() for cell in line.split("|")[5:7]]
+              for line in readme.splitlines() if re.match(r"\| `(student|day|full)` \|", line)}
+    shown = {"student": [1, 2], "day": [3, 4], "full": [4, 5]}  # of memory, T4, T4, L4, A100, H100
+    for preset, (memory, hours) in stated.items():
+        sizes = rows[preset][0].split(" / ")
+        assert memory == sizes[0 if preset == "student" else -1], preset
+        said = [float(x) for x in re.findall(r": ([\d.]+)|, ([\d.]+) in", hours) for x in x if x]
+        ours = [float(rows[preset][i].removesuffix(" h")) for i in shown[preset]]
+        assert said == [round(x) if x > 10 and preset == "full" else x for x in ours], preset
+    assert set(stated) == {"student", "day", "full"}

@@ -1,6 +1,7 @@
 """The presets for a GPU, on small stand-ins of what they download; from a base model; resumed."""
 
 import json
+import shutil
 
 import huggingface_hub
 import pytest
@@ -164,3 +165,23 @@ def test_the_saved_config_says_the_type_that_was_saved(base, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     add_adapter(model, 2, 0).save_pretrained(tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).dtype == torch.float32
+
+
+@pytest.mark.parametrize("judge", ["longest", "a folder"])
+def test_a_model_whose_name_has_no_slash(judge, hub, base, tmp_path, monkeypatch):  # noqa: F811
+    """A folder beside us: it is the policy that is planned for, and then the judge."""
+    planned = []
+
+    def plan(settings, *configs, **rest):
+        planned.extend(config.model_type for config in configs)
+        raise SettingError("that is enough")
+
+    shutil.copytree(base, tmp_path / "mymodel")
+    shutil.copytree(hub / "judge", tmp_path / "myjudge")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rlhf_minimal, "memory_plan", plan)
+    arguments = from_base(hub, "mymodel", tmp_path / "run", preset="student")
+    arguments[arguments.index("--judge") + 1] = judge if judge == "longest" else "myjudge"
+    with pytest.raises(SystemExit, match="that is enough"):
+        rlhf_minimal.main(arguments)
+    assert planned == ["llama"] if judge == "longest" else planned == ["llama", "qwen2"]
