@@ -761,9 +761,10 @@ def test_the_ratio_is_1_by_construction(architecture, precision, k):
 @pytest.mark.parametrize("changes", [
     {"k": 1, "micro_batch_size": 3, "rollout_batch_size": 2},
     {"k": 3, "micro_batch_size": 7, "rollout_batch_size": 9},
-    {"k": 3, "micro_batch_size": 4, "ppo_minibatches": 2, "checkpoint_activations": True},
-    {"k": 1, "micro_batch_size": 3, "lora_rank": 2, "checkpoint_activations": True},
-    {"k": 3, "micro_batch_size": 6, "rollout_batch_size": 12, "lora_rank": 2}])
+    *(pytest.param(more, marks=pytest.mark.slow) for more in (
+        {"k": 3, "micro_batch_size": 4, "ppo_minibatches": 2, "checkpoint_activations": True},
+        {"k": 1, "micro_batch_size": 3, "lora_rank": 2, "checkpoint_activations": True},
+        {"k": 3, "micro_batch_size": 6, "rollout_batch_size": 12, "lora_rank": 2}))])
 def test_train_ppo_starts_at_a_ratio_of_1(precision, changes, monkeypatch):
     """Whatever the update is cut into: with the tolerance that train_ppo has, and exactly."""
     policy, reward_model, context = in_precision(precision, "llama")

@@ -12,7 +12,7 @@ import math
 import subprocess
 import sys
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,6 @@ from engine import batches
 from engine.batches import generator_for
 from engine.devices import mixed_precision, prepare
 from engine.folder import flatten, put_back
-from engine.memory import memory_plan, peak_of
 
 aten = torch.ops.aten
 TOKENIZER = SimpleNamespace(eos_token_id=9, pad_token_id=0)
@@ -372,17 +371,39 @@ def what_goes_wrong(*arguments):
     return ""
 
 
+FLOWS = [(name, rank, k) for name in small_configs() for rank in (0, 4) for k in (1, 4)]
+
+
 def all_flows():
+    """What stops each flow, and each flow with a slip: texts by name."""
     found = {}
-    for name, config in small_configs().items():
-        for rank, k in ((0, 1), (0, 4), (4, 1), (4, 4)):
-            found[f"{name}, rank {rank}, k {k}"] = what_goes_wrong(config, rank, k)
+    for name, rank, k in FLOWS:
+        found[f"{name} {rank} {k}"] = what_goes_wrong(small_configs()[name], rank, k)
     for slip, place in SLIPS.items():
         with patch.object(*place):
             found[slip] = what_goes_wrong(small_configs()["llama"], 0, 1)
     return found
 
 
+@pytest.fixture(scope="module")
+def found():
+    process = subprocess.run([sys.executable, __file__], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    return json.loads(process.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, rank, k", FLOWS)
+def test_the_whole_flow_stays_on_its_device(name, rank, k, found):
+    assert found[f"{name} {rank} {k}"] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_does_not_go_unseen(slip, found):
+    assert "Error: " in found[slip], f"{slip} on the CPU, and nothing stopped"
+
+
 if __name__ == "__main__":
     make_up_device()
-    print(json.dumps(all_flows(),indent=1))
+    print(json.dumps(all_flows()))
