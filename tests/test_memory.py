@@ -24,6 +24,7 @@ import ppo
 import reward
 import rlhf_minimal
 import sft
+from engine.adapters import add_adapter, trainable
 from engine.folder import flatten
 from engine.memory import check_memory, memory_plan
 from engine.settings import ModelConfig, SettingError
@@ -115,6 +116,8 @@ def train(config, dtype=torch.float32, around=lambda one_step: one_step, **chang
     seen, rollout = {}, ppo.rollout
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype).eval()
+    if "lora_rank" in changes:
+        model = add_adapter(model, changes["lora_rank"], 0)
     reward_model = reward.RewardModel(model)
 
     def steps(*_, snapshot, **parts):
@@ -137,9 +140,9 @@ def train(config, dtype=torch.float32, around=lambda one_step: one_step, **chang
         patch.setattr(ppo, "rollout", watched)
         patch.setattr(lm, "sample", never_ends)
         patch.setattr(ppo, "one_step", around(ppo.one_step))
-        # seen before the adapters are merged, when train_ppo is done
         patch.setattr(ppo, "warn_of_collapse", lambda run: seen.update(sizes(seen)))
-        ppo.train_ppo(run, model, reward_model, queries, TOKENIZER, settings(**changes))
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            ppo.train_ppo(run, model, reward_model, queries, TOKENIZER, settings(**changes))
     return seen
 
 
@@ -148,9 +151,10 @@ def sizes(seen):
     averages = [state[name] for optimizer in (seen["parts"]["policy_optimizer"],
                                               seen["parts"]["critic_optimizer"])
                 for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    trained = {id(p) for name in ("policy", "critic") for p in trainable(seen["parts"][name])}
     return {"parameters": bytes_of(parameters), "averages": bytes_of(averages),
             "gradients": bytes_of(p.grad for p in parameters if p.grad is not None),
-            "frozen": bytes_of(p for p in parameters if not p.requires_grad)}
+            "frozen": bytes_of(p for p in parameters if id(p) not in trained)}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
