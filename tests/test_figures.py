@@ -137,6 +137,7 @@ def test_the_caller_says_which_colour_and_lines_of_one_colour_differ():
         shown(["true"], {"a": BLUE})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", figures.FIGURES)
 def test_the_pictures_in_the_folder_can_be_drawn_again_from_their_numbers(name, tmp_path):
     """Each line has a colour, and what is drawn is what was written."""
