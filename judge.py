@@ -23,15 +23,18 @@ What differs from the paper, and why:
 
 import math
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from statistics import fmean as mean
 
 import torch
 from transformers.hf_argparser import HfArg
 
 import toy
+from engine.architectures import most_positions
 from engine.devices import pick_device, pick_dtype
 from engine.models import load_language_model
 from engine.processes import share_out
+from engine.texts import control_ids, front_ids, ids_after, text_ids
 from lm import get_position_ids, pad
 from reward import preference_accuracy, preference_loss, score_summaries
 from tldr import build_prompt, truncate_post
@@ -219,22 +222,57 @@ def quality_judge(quality):
 QUESTION = """\
 Which of two summaries of a forum post is better? A good summary tells the essence of the post, is
 clear, is accurate (it says nothing that the post does not say), serves the purpose of the post, is
-concise, and keeps the style of the post.
+concise, and keeps the style of the post. Lines that begin with ">" are quoted.
 
+The post:
 {post}
 
-Summary A: {summary_a}
+Summary A:
+{summary_a}
 
-Summary B: {summary_b}
+Summary B:
+{summary_b}
 
 Which summary is better? Reply with exactly one letter, A or B."""
 
 
+def quote(text):
+    """Each line with "> " in front, so that nothing in a text can end the quotation: a summary that
+    goes on with a "Summary B:" of its own stays summary A."""
+    return "\n".join("> " + line for line in text.splitlines() or [""])
+
+
+def text_around(tokenizer):
+    """What stands before and after the question: a user's turn, or plain text with a cue.
+    ValueError for a model that can't but think before it answers: its next token is no letter."""
+    # No post is in here, so whatever looks like a control token is one, and is encoded as one
+    if not tokenizer.chat_template:
+        return "", "\n\nAnswer:"
+    place = "{question}"
+    day = datetime(2024, 7, 26)  # some templates tell the date, and a run may go on past midnight
+    text = tokenizer.apply_chat_template(  # a template without one of these ignores it
+        [{"role": "user", "content": place}], tokenize=False, add_generation_prompt=True,
+        enable_thinking=False, date_string=f"{day:%d %b %Y}", strftime_now=day.strftime)
+    before, _, after = text.partition(place)
+    if "<think>" in after and "</think>" not in after:
+        raise ValueError("this judge thinks before it answers: choose one that answers at once")
+    return before, after
+
+
+def tokens_around(tokenizer):
+    """text_around as token ids. The question ends with a full stop."""
+    before, after = text_around(tokenizer)
+    ids = control_ids(tokenizer, [before])[0] if before else front_ids(tokenizer)
+    return ids, ids_after(tokenizer, ".", after, control_ids)
+
+
 def answer_tokens(tokenizer):
-    """(2, K): the ids of "A" and of "B" in K spellings. ValueError if the tokenizer has none."""
+    """(2, K): the ids of "A" and of "B" in K spellings, as they come right after the question and
+    what follows it. ValueError if the tokenizer has none."""
     # "A" or " A", depending on the tokenizer and on what stands before. A spelling that takes one
     # token for "A" and two for "B" is left out, since to count the one only would favour A.
-    pairs = [[tokenizer(space + letter, add_special_tokens=False)["input_ids"] for letter in "AB"]
+    _, after = text_around(tokenizer)
+    pairs = [[ids_after(tokenizer, after, space + letter, control_ids) for letter in "AB"]
              for space in ("", " ")]
     # A set, since "A" and " A" are the same token to some tokenizers
     spellings = {(*a, *b) for a, b in pairs
@@ -244,40 +282,22 @@ def answer_tokens(tokenizer):
     return torch.tensor(sorted(spellings)).T
 
 
-def tokens_around(tokenizer):
-    """The token ids before and after the question: a user's turn, or plain text with a cue.
-    ValueError for a model that can't but think before it answers: its next token is no letter."""
-    # No post is in here, so whatever looks like a control token is one, and is encoded as one
-    place = "{question}"
-    text = f"{tokenizer.bos_token or ''}{place}\n\nAnswer:"
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(  # a template without that switch ignores it
-            [{"role": "user", "content": place}], tokenize=False, add_generation_prompt=True,
-            enable_thinking=False)
-    before, _, after = text.partition(place)
-    if "<think>" in after and "</think>" not in after:
-        raise ValueError("this judge thinks before it answers: choose one that answers at once")
-    return [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after)]
-
-
 def get_prompt(tokenizer, before, after, room, post, summary_a, summary_b):
     """before + the question about one pair + after, as token ids; the question has at most `room`.
 
-    Only the post loses its end, line by line, never a summary; ValueError if that is not enough.
+    Only the post loses its end, line by line, never a summary; None if that is not enough.
     """
     def encode(text):
         # The post as in its prompt (B.2), but nobody is asked to go on with a summary here
         shown = build_prompt({**post, "post": text}).removesuffix("\n\nTL;DR:")
         # One pass: chained `replace` calls would fill in a "{summary_b}" found in the post
-        question = QUESTION.format(post=shown, summary_a=summary_a, summary_b=summary_b)
-        # split_special_tokens: a typed "<|im_end|>" is text, it does not end the judge's turn
-        return tokenizer(question, add_special_tokens=False, split_special_tokens=True,
-                         verbose=False)["input_ids"]
+        question = QUESTION.format(post=quote(shown), summary_a=quote(summary_a),
+                                   summary_b=quote(summary_b))
+        # Whatever is typed is text: a "<|im_end|>" does not end the judge's turn
+        return text_ids(tokenizer, [question])[0]
 
     text = truncate_post(post["post"], lambda text: len(encode(text)) <= room)
-    if text is None:
-        raise ValueError(f"{room} tokens are too few even without the post: raise max_length")
-    return before + encode(text) + after
+    return None if text is None else before + encode(text) + after
 
 
 @torch.no_grad()
@@ -304,24 +324,32 @@ def language_model_judge(model, tokenizer, batch_size=8, min_probability=0.5, ma
     """The judge that compares P(A) and P(B) of a language model in eval mode.
 
     A question of more tokens than max_length or the model's limit loses the end of its post, never
-    of a summary. ValueError where that is not enough, where the tokenizer lacks an "A" or a "B", or
-    where the model can't but think before it answers.
+    of a summary; where that is not enough, the judge abstains. ValueError where there is no room
+    for two words, where the tokenizer lacks an "A" or a "B", or where the model can't but think
+    before it answers.
     """
     answers = answer_tokens(tokenizer)
     before, after = tokens_around(tokenizer)
-    positions = getattr(model.config, "max_position_embeddings", max_length)  # what it has seen
-    room = min(max_length, positions, tokenizer.model_max_length) - len(before) - len(after)
+    room = (min(max_length, most_positions(model.config), tokenizer.model_max_length)
+            - len(before) - len(after))
+    if get_prompt(tokenizer, before, after, room, {"post": ""}, "word", "word") is None:
+        raise ValueError(f"it has room for {room} tokens and the question alone takes more; choose "
+                         "a judge that reads longer texts")
 
     def judge(posts, summaries_a, summaries_b):
         verdicts = ["A"] * len(posts)  # equal summaries need no question: "A" twice is a tie
-        asked = [i for i in range(len(posts)) if summaries_a[i] != summaries_b[i]]
-        prompts = [get_prompt(tokenizer, before, after, room, posts[i], summaries_a[i],
-                              summaries_b[i]) for i in asked]
-        probabilities = answer_probabilities(model, prompts, answers, batch_size)
-        # It abstains where "A" and "B" are unlikely: the model was going to say something else
+        prompts = {}  # number of the pair -> what is asked about it
+        for i, pair in enumerate(zip(summaries_a, summaries_b)):
+            if pair[0] != pair[1]:
+                verdicts[i] = None
+                prompts[i] = get_prompt(tokenizer, before, after, room, posts[i], *pair)
+        asked = [i for i in prompts if prompts[i] is not None]  # it abstains where it has no room
+        probabilities = answer_probabilities(model, [prompts[i] for i in asked], answers, batch_size)
+        # And it abstains where "A" and "B" are unlikely: the model was going to say something else.
+        # A NaN is an abstention too
         for i, (p_a, p_b) in zip(asked, probabilities.tolist()):
-            # "not >=" instead of "<": a NaN is an abstention too
-            verdicts[i] = None if not p_a + p_b >= min_probability else "A" if p_a >= p_b else "B"
+            if p_a + p_b >= min_probability:
+                verdicts[i] = "A" if p_a >= p_b else "B"
         return verdicts
 
     return judge

@@ -19,14 +19,15 @@ has no training in it) pads queries with spaces that the model does see; here pa
 `python lm.py` prints a worked example.
 """
 
-import inspect
 import math
 
 import torch
 import torch.nn.functional as F
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache
 
+from engine.architectures import CACHE, shares_post
 from engine.batches import check_finite, pack, unpack
+from engine.texts import end_ids, ids_after
 
 
 # ---------------------------------------------------------------------------- shapes and masks
@@ -173,6 +174,7 @@ def response_log_probs(model, input_ids, attention_mask, width, temperature=1.0,
     rounding.
     """
     position_ids = get_position_ids(attention_mask)
+    k = shares_post(model, k, input_ids.shape[1])  # 1 where the model can't do that
     inputs = pack(input_ids, attention_mask, position_ids, width, k, model.dtype)
     # Logits from the post's last position on alone: at a vocabulary of 50,000, those of the whole
     # post would be by far the largest tensor of the program.
@@ -200,11 +202,6 @@ def next_token(logits, temperature, top_p, generator):
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0  # mass *before* a token decides on it
         probs = torch.zeros_like(probs).scatter(-1, index, ordered)
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
-
-
-# The key-value cache is called "past_key_values" before transformers 5.24, "cache" from then on
-CACHE = ("cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
-         else "past_key_values")
 
 
 @torch.no_grad()
@@ -237,7 +234,7 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
         # logits: (rows still being written, V)
         if t == 0 and k > 1:  # the post is computed once, its cache shared out
             logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)
-            cache.batch_repeat_interleave(k)
+            cache.reorder_cache(torch.arange(len(ids), device=device).repeat_interleave(k))
         token = next_token(logits, temperature, top_p, generator)  # (B,)
         responses[rows, t] = token
         going = ~is_eos(token, eos_token_id)
@@ -245,7 +242,7 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
             break
         # What has ended leaves the batch and its cache: nobody computes padding.
         if not going.all():
-            cache.batch_select_indices(going.nonzero().squeeze(-1))
+            cache.reorder_cache(going.nonzero().squeeze(-1))
         rows, mask, ids = rows[going], mask[going], token[going, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position_ids = get_position_ids(mask)[:, -1:]
@@ -258,8 +255,7 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
 def encode_response(text, tokenizer, limit):
     """Summary -> token ids with a leading space and EOS at the end, as in the 2020 code. One longer
     than `limit` is cut there and has no EOS, as if it had never ended."""
-    # split_special_tokens: a "<|endoftext|>" that somebody typed is text and ends nothing
-    ids = tokenizer(" " + text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    ids = ids_after(tokenizer, "TL;DR:", " " + text)  # as it stands behind the prompt (B.2)
     return (ids + [tokenizer.eos_token_id])[:limit]
 
 
@@ -269,8 +265,9 @@ def decode_response(ids, tokenizer):
     A text no longer says whether it ended. So a summary that was cut at max_new_tokens is judged,
     and scored outside PPO, as if it had: people, too, were shown a text.
     """
-    eos = tokenizer.eos_token_id
-    return tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids).strip()
+    ends = [i for i, token in enumerate(ids) if token in end_ids(tokenizer)]
+    kept = ids[: ends[0]] if ends else ids
+    return tokenizer.decode(kept, clean_up_tokenization_spaces=False).strip()
 
 
 def sample_responses(model, tokenizer, queries, max_new_tokens, temperature, generator=None,
@@ -288,9 +285,9 @@ def sample_responses(model, tokenizer, queries, max_new_tokens, temperature, gen
         some = order[start : start + n]
         ids, mask = pad([queries[i] for i in some], tokenizer.pad_token_id, left=True)  # (n, Q)
         sampled = sample(model, ids.to(model.device), mask.to(model.device), max_new_tokens,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                         eos_token_id=end_ids(tokenizer), pad_token_id=tokenizer.pad_token_id,
                          temperature=temperature, generator=generator, k=k)  # (kn, T)
-        kept = get_response_mask(sampled, tokenizer.eos_token_id)
+        kept = get_response_mask(sampled, end_ids(tokenizer))
         rows = [k * i + j for i in some for j in range(k)]
         for row, tokens, keep in zip(rows, sampled, kept):
             responses[row] = tokens[keep].tolist()

@@ -30,6 +30,7 @@ from engine.batches import check_finite, cut_by_length, generator_for, mean_of_a
 from engine.batches import one_step, over_all, own_queries, own_stream
 from engine.folder import warn_of_collapse
 from engine.processes import all_or_none, sum_over_processes
+from engine.texts import end_ids
 from lm import check_mask, check_shapes, get_response_mask, is_eos, join, linear_schedule
 from lm import masked_mean, response_log_probs, sample_responses, zero_off
 from reward import final_scores, response_scores
@@ -253,9 +254,9 @@ def rollout(policy, reference, reward_model, critic, queries, tokenizer, config,
         input_ids, attention_mask, Q = join(
             [queries[i] for i in posts], [responses[row] for row in rows],
             tokenizer.pad_token_id, policy.device)  # (b, Q+T)
-        mask = get_response_mask(input_ids[:, Q:], tokenizer.eos_token_id)  # (b, T)
+        mask = get_response_mask(input_ids[:, Q:], end_ids(tokenizer))  # (b, T)
         T = mask.shape[1]
-        ended = is_eos(input_ids[:, Q:], tokenizer.eos_token_id).any(1)  # (b,)
+        ended = is_eos(input_ids[:, Q:], end_ids(tokenizer)).any(1)  # (b,)
 
         # 2. The four networks read them.
         inputs = input_ids, attention_mask, T

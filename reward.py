@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.hf_argparser import HfArg
 
 from engine.adapters import copy_network, plain_weights, trainable
+from engine.architectures import hidden_width, no_dropout, shares_post
 from engine.batches import microbatches, one_step, pack, rows_of_step, steps_per_epoch, unpack
 from engine.devices import full_precision
 from engine.processes import sum_over_processes
@@ -72,7 +73,7 @@ class RewardModel(nn.Module):
         # 2020 code, so that a score is always the same
         trunk = copy_network(language_model, "reward", trunk=True) if own_copy else language_model
         self.trunk = trunk.eval()
-        d = trunk.config.hidden_size
+        d = hidden_width(trunk)  # of its last hidden state
         self.head = nn.Linear(d, 1, device=trunk.device)  # (B, L, d) -> (B, L, 1)
         # B.1: weights ~ N(0, 1/(d+1)), the second number a variance. A hidden state has d entries
         # of order 1, so a first score is of order 1 too, where the sigmoid is steep.
@@ -118,7 +119,7 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """The model that save_pretrained wrote, in eval mode: the same scores to the last bit."""
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = no_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         # Its random weights are all overwritten; load_model refuses where one is missing
         model = cls(AutoModel.from_config(config), own_copy=False)
         load_model(model, str(Path(folder) / "model.safetensors"))
@@ -132,6 +133,7 @@ def response_scores(model, input_ids, attention_mask, width, k=1):
     computed once for all of them; the numbers are those of `forward`, up to rounding.
     """
     position_ids = get_position_ids(attention_mask)
+    k = shares_post(model.trunk, k, input_ids.shape[1])  # 1 where the model can't do that
     # pack makes one row of the k of a post, with a mask in which no summary sees another one; of
     # its scores we keep the post's last place and the kT of the summaries
     inputs = pack(input_ids, attention_mask, position_ids, width, k, model.trunk.dtype)

@@ -30,6 +30,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from engine.rows import DataError, checked_rows, expect, get_text
+from engine.texts import front_ids, text_ids
 
 # ---------------------------------------------------------------------------- the prompt, App. B.2
 
@@ -87,12 +88,12 @@ def encode_prompt(post, tokenizer, query_length, gap="\n\n"):
     Not padded: padding on the left up to the width of a batch is lm.py's. Raises DataError if the
     prompt is too long without any post.
     """
+    front = front_ids(tokenizer)
 
     def encode(text):
-        # split_special_tokens: a typed "<|endoftext|>" is text, not the token that ends a summary.
-        # Nothing is added in front or behind; verbose=False: long is no problem, it will be cut.
-        return tokenizer(build_prompt({**post, "post": text}, gap), add_special_tokens=False,
-                         split_special_tokens=True, verbose=False)["input_ids"]
+        # What the tokenizer puts in front of every text (Llama's BOS; nothing for GPT-2) counts
+        (ids,) = text_ids(tokenizer, [build_prompt({**post, "post": text}, gap)])
+        return front + ids
 
     text = truncate_post(post["post"], lambda text: len(encode(text)) <= query_length)
     if text is None:
@@ -108,10 +109,11 @@ def encode_prompts(posts, tokenizer, query_length, newlines=2):
     # A token of English has about four characters. A post far longer than query_length tokens is
     # not read to its end here only to be cut: encode_prompt looks at no more of it than it needs.
     most = 32 * query_length
-    rows = tokenizer([build_prompt({**post, "post": post["post"][:most]}, gap) for post in posts],
-                     add_special_tokens=False, split_special_tokens=True,
-                     verbose=False)["input_ids"] if posts else []
-    return [ids if len(post["post"]) <= most and len(ids) <= query_length
+    rows = text_ids(tokenizer, [build_prompt({**post, "post": post["post"][:most]}, gap)
+                                for post in posts])
+    front = front_ids(tokenizer)
+    return [front + ids
+            if len(post["post"]) <= most and len(front) + len(ids) <= query_length
             else encode_prompt(post, tokenizer, query_length, gap)
             for post, ids in zip(posts, rows)]
 

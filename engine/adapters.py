@@ -15,6 +15,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from engine.settings import SettingError
 
 
+def trunk_of(model):
+    """A language model without its lm head (Llama 4 keeps it under another name than it says)."""
+    return model.base_model if model.base_model is not model else model.model
+
+
 class Adapted(nn.Module):
     """One of the networks on a shared model: it reads through the adapter of its name."""
 
@@ -27,7 +32,7 @@ class Adapted(nn.Module):
     def network(self):
         """The plain model, with all adapters in its layers."""
         model = self.shared.get_base_model()
-        return model.base_model if self.is_trunk else model
+        return trunk_of(model) if self.is_trunk else model
 
     @property
     def base_model(self):
@@ -107,7 +112,7 @@ def copy_network(model, name, trunk=False):
         other = copy.deepcopy(model).requires_grad_(True)
         model.trunk, other.trunk = shared, shared.copy(name)
         return other
-    return copy.deepcopy(model.base_model if trunk else model).requires_grad_(True)
+    return copy.deepcopy(trunk_of(model) if trunk else model).requires_grad_(True)
 
 
 def trainable_named(model):

@@ -10,7 +10,9 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers import AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from engine.architectures import check_model, most_positions, no_dropout
 from engine.devices import LARGE, largest_logit, prepare
 from engine.settings import SettingError
 
@@ -61,35 +63,64 @@ def go_offline_unless_reachable():
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
+def small_model(config, dtype):
+    """Random weights of the same architecture and vocabulary, so few that --fast_dev_run takes
+    seconds anywhere."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(shrink(config), dtype=dtype)
+
+
 def shrink(config):
-    """The same architecture and vocabulary, so small that --fast_dev_run takes seconds anywhere."""
+    """The config with small sizes, those of the text and the image part where it has two."""
     small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "rotary_dim": 8,
              "num_key_value_heads": 2, "intermediate_size": 128, "head_dim": 16}
     kept = {key: value for key, value in config.to_dict().items() if key != "layer_types"}
-    names = {key: config.attribute_map.get(key, key) for key in small}
-    return type(config).from_dict({**kept, **{names[key]: value for key, value in small.items()
-                                              if hasattr(config, key)}})
+    for key in small:
+        if hasattr(config, key):
+            kept[config.attribute_map.get(key, key)] = small[key]
+    for part in config.sub_configs:
+        kept[part] = shrink(getattr(config, part)).to_dict()
+    return type(config).from_dict(kept)
 
 
 def causal_config(name):
-    """The config of a language model that writes text from left to right; SettingError for another
-    one (BERT and its kin count as such in transformers, and see what they are to write)."""
+    """The config of a language model that writes text from left to right, with dropout off;
+    SettingError for another one."""
+    try:
+        adapter = find_adapter_config_file(str(name))
+    except OSError:  # no network, or no such model: from_hub says it
+        adapter = None
+    if adapter:
+        raise SettingError(f"{name}: it is an adapter, not a model; merge it into its base model "
+                           "first (peft: merge_and_unload, then save_pretrained) and pass that")
     config = from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
-    kind = config.model_type
+    kind, names = config.model_type, " ".join(config.architectures or [])
+    # BERT and its kin count as causal in transformers, and see what they are to write
     looks_ahead = config.is_encoder_decoder or "bert" in kind and not config.is_decoder
-    if looks_ahead or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise SettingError(f"{name}: {kind} is no causal language model; pass one like GPT-2, "
-                           "GPT-J, GPT-NeoX (Pythia), Llama or Qwen2")
-    return config
+    if looks_ahead or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or re.search(
+            "Classification|QuestionAnswering|MaskedLM", names):
+        raise SettingError(f"{name}: {names or kind} is no causal language model; pass one like "
+                           "GPT-2, GPT-J, GPT-NeoX (Pythia), Llama or Qwen2")
+    return no_dropout(config)
 
 
 def load_for_training(name, device, dtype, settings):
     """load_language_model for what is trained: frozen weights (adapters) in dtype, others in
     float32. Returns tokenizer, model, and the type to multiply in, which is float32 after all where
     --dtype is auto and the model's logits are too large for half precision."""
+    config = causal_config(name)
+    if getattr(config, "quantization_config", None):
+        raise SettingError(f"{name}: its weights are quantised, and those can't be trained; pass "
+                           "the model that it was made from")
+    summary = max(settings.summary_length, settings.response_length)
+    length = settings.query_length + summary
+    if length > most_positions(config):
+        raise SettingError(f"{name}: it has {most_positions(config)} positions; pass "
+                           f"--query_length {most_positions(config) - summary} or less (a post and "
+                           f"its summary have up to {settings.query_length} + {summary})")
     frozen = dtype if settings.lora_rank else torch.float32
     load = partial(load_language_model, name, device, tokenizer=settings.tokenizer,
-                   small=settings.fast_dev_run)
+                   small=settings.fast_dev_run, length=length)
     tokenizer, model = load(dtype=frozen)
     if settings.dtype == "auto" and dtype != torch.float32:
         largest = largest_logit(model, tokenizer)
@@ -100,26 +131,51 @@ def load_for_training(name, device, dtype, settings):
     return tokenizer, model, dtype
 
 
-def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None, small=False):
-    """Tokenizer and model of a local folder or hub id, in eval mode. Code that comes with a model
-    is refused: left to its default, transformers asks the user whether to run it."""
-    tokenizer_name = tokenizer or name
-    tokenizer = from_hub(AutoTokenizer.from_pretrained, tokenizer_name, trust_remote_code=False)
+def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None, small=False,
+                        length=512):
+    """Tokenizer and model of a local folder or hub id, in eval mode, tried out on rows of `length`
+    tokens. Code that comes with a model is refused: left to its default, transformers asks the user
+    whether to run it."""
+    config = causal_config(name)
+    given, tokenizer = tokenizer, load_tokenizer(tokenizer or name)
+    if small:
+        model = from_hub(small_model, name, config, dtype=dtype)
+    else:
+        model, report = from_hub(AutoModelForCausalLM.from_pretrained, name, config=config,
+                                 dtype=dtype, trust_remote_code=False, output_loading_info=True)
+        missing = sorted(report["missing_keys"])  # transformers would draw them at random
+        if missing:
+            raise SettingError(f"{name}: {len(missing)} weights of a {config.model_type} language "
+                               f"model are not in it, {missing[0]} for one; it is another kind of "
+                               "model, or it was saved by another program")
+    rows = model.get_input_embeddings().num_embeddings  # may be more: 50400 for 50257 in GPT-J
+    check_ids(tokenizer, rows, f"{given or name}: {len(tokenizer)} tokens, but {name} knows {rows}")
+    ends = model.generation_config.eos_token_id  # a chat model may have several
+    ends = [ends] if isinstance(ends, int) else ends or []
+    tokenizer.end_ids = sorted({tokenizer.eos_token_id, *(i for i in ends if i < rows)})
+    model = prepare(model).to(device).eval()
+    check_model(name, model, length)
+    return tokenizer, model
+
+
+def load_tokenizer(name):
+    """The tokenizer of a local folder or hub id; SettingError for one that can't be used."""
+    tokenizer = from_hub(AutoTokenizer.from_pretrained, name, trust_remote_code=False)
     if not tokenizer("a", add_special_tokens=False)["input_ids"] or tokenizer.eos_token is None:
         # what AutoTokenizer gives, without a word, for a repository that has none
-        raise SettingError(f"{tokenizer_name} has no usable tokenizer (text gives no ids, or no "
-                           "EOS): name that of its base model with --tokenizer")
+        raise SettingError(f"{name} has no usable tokenizer (text gives no ids, or no EOS): name "
+                           "that of its base model with --tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # safe: masks are made from lengths, not from ids
-    if small:
-        torch.manual_seed(0)
-        config = from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(shrink(config), dtype=dtype)
-    else:
-        model = from_hub(AutoModelForCausalLM.from_pretrained, name, dtype=dtype,
-                         trust_remote_code=False)
-    rows = model.get_input_embeddings().num_embeddings  # may be more: 50400 for 50257 in GPT-J
-    if rows < len(tokenizer):
-        raise SettingError(f"{tokenizer_name}: {len(tokenizer)} tokens, but {name} knows {rows}: "
-                           "this tokenizer belongs to another model")
-    return tokenizer, prepare(model).to(device).eval()
+    return tokenizer
+
+
+def check_ids(tokenizer, rows, found):
+    """SettingError if a text or EOS can get an id that the model has no row for. A special token
+    that no text turns into does no harm (Gemma 3 1B has one)."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    beyond = {i for i in tokenizer.get_vocab().values() if i >= rows} - special
+    if beyond or tokenizer.eos_token_id >= rows:
+        raise SettingError(f"{found}: this tokenizer belongs to another model")
+    if tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token

@@ -1,0 +1,149 @@
+"""What language models differ in. Nothing is taken on trust: each one is tried against itself."""
+
+import inspect
+import math
+
+import torch
+from transformers import DynamicCache, LlamaForCausalLM
+
+from engine.adapters import Adapted
+from engine.batches import pack, unpack
+from engine.devices import full_precision
+from engine.settings import SettingError
+
+# The key-value cache is called "past_key_values" before transformers 5.24, "cache" from then on
+CACHE = ("cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
+         else "past_key_values")
+T = 8  # tokens of a summary in a trial
+
+
+def most_positions(config):
+    """Tokens that a model of this config can read; infinity where there is no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def hidden_width(trunk):
+    """Entries of a trunk's last hidden state, from a look at one: the config's hidden_size is
+    another number where the last layer is narrower (OPT-350m)."""
+    with torch.no_grad():
+        one = torch.ones(1, 1, dtype=torch.long, device=trunk.device)
+        output = trunk(input_ids=one, attention_mask=one, use_cache=False)
+    if not hasattr(output, "last_hidden_state"):
+        raise SettingError(f"{trunk.config.model_type}: the network without its lm head was not "
+                           "found, and a reward model needs it; pass another model")
+    return output.last_hidden_state.shape[-1]
+
+
+def no_dropout(config):
+    """The config with every dropout off, also where a layer asks itself whether it is training."""
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        for key, value in vars(part).items() if part is not None else ():
+            if ("drop" in key) and type(value) is float:
+                setattr(part, key, 0.0)
+    return config
+
+
+# ---------------------------------------------------------------------------- trials
+#
+# All read the same two rows, [pad | post | y] with two random y after one random post, and return
+# what they got and what they should have got: (B, n, V), or (B, n, d) of a trunk.
+
+
+def two_rows(network, length):
+    """input_ids and attention_mask (2, 3 + length): three pads, a post, and T tokens of a summary.
+    The ids are from the middle of the vocabulary, where no control token is."""
+    n = network.get_input_embeddings().num_embeddings
+    ids = torch.randint(n // 4, n // 2, (2, 3 + length), generator=torch.Generator().manual_seed(0))
+    ids[1, :-T] = ids[0, :-T]  # one post
+    mask = torch.ones_like(ids)
+    ids[:, :3] = mask[:, :3] = 0
+    return ids.to(network.device), mask.to(network.device)
+
+
+def read(network, n, attention_mask, use_cache=False, **inputs):
+    """The last n logits of each row, or hidden states of a network without lm head, in float32."""
+    if "logits_to_keep" in inspect.signature(network.forward).parameters:
+        inputs["logits_to_keep"] = n
+    if "position_ids" not in inputs:
+        positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        inputs["position_ids"] = positions[:, -inputs["input_ids"].shape[1] :]
+    output = network(attention_mask=attention_mask, use_cache=use_cache, **inputs)
+    return output[0][:, -n:].float()
+
+
+def padded(network, ids, mask, plain):
+    """Padding on the left changes nothing."""
+    return read(network, 1 + T, mask[1:, 3:], input_ids=ids[1:, 3:]), plain[1:]
+
+
+def left_to_right(network, ids, mask, plain):
+    """What is read at the post's end does not depend on the summary."""
+    return plain[:1, :1], plain[1:, :1]
+
+
+def cached(network, ids, mask, plain):
+    """With a cache, which is shared out to two rows, and later loses one of them."""
+    cache = DynamicCache(config=network.config)
+    named = {CACHE: cache}
+    got = [read(network, 1, mask[:1, :-T], True, input_ids=ids[:1, :-T], **named)]
+    cache.reorder_cache(torch.zeros(2, dtype=torch.long, device=ids.device))
+    got = [got[0].expand(2, -1, -1)]
+    for t in range(-T, 0):
+        if t == -T // 2:
+            cache.reorder_cache(torch.ones(1, dtype=torch.long, device=ids.device))
+            ids, mask, got = ids[1:], mask[1:], [x[1:] for x in got]
+        end = ids.shape[1] + t + 1
+        got.append(read(network, 1, mask[:, :end], True, input_ids=ids[:, end - 1 : end], **named))
+    return torch.cat(got, 1), plain[1:]
+
+
+def packed(network, ids, mask, plain):
+    """With both summaries in one row, beside each other."""
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    together = pack(ids, mask, positions, T, 2, network.dtype)
+    return unpack(read(network, 1 + 2 * T, **together), T, 2), plain
+
+
+@torch.no_grad()
+def holds(trial, network, length):
+    """Does a trial come out as it should, up to rounding? An exception is a no."""
+    tolerance = 1e-4 if network.dtype == torch.float32 else 0.05
+    try:
+        with full_precision(network.device):
+            ids, mask = two_rows(network, length)
+            got, expected = trial(network, ids, mask, read(network, 1 + T, mask, input_ids=ids))
+        return ((got - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all().item()
+    except Exception:  # whatever an architecture raises where it can't do a thing
+        return False
+
+
+TRIALS = ((padded, "padding on the left changes what it reads"),
+          (left_to_right, "a later token changes what it makes of an earlier one"),
+          (cached, "with a key-value cache it computes other numbers than without"))
+
+
+def check_model(name, model, length):
+    """SettingError unless the model does what every stage relies on; a line where it needs the
+    plain form (pack in engine/batches.py). length: tokens of a post with its summary."""
+    length = max(T + 1, min(length, most_positions(model.config)))
+    for trial, fault in TRIALS:
+        if not holds(trial, model, length):
+            raise SettingError(f"{name}: {model.config.model_type} can't be trained here, {fault}; "
+                               "pass another model")
+    if shares_post(model, 2, length) == 1:
+        print(f"{name}: {model.config.model_type} can't read two summaries of a post beside each "
+              "other in one row, so that each gets a row of its own: slower, the same numbers")
+
+
+def shares_post(model, k, length):
+    """k, where the model can read k summaries of a post in one row; 1, where it can't. It depends
+    on what rows are as long as: a window of attention that nothing leaves does no harm."""
+    if k == 1:
+        return k
+    network = model.network if isinstance(model, Adapted) else model
+    tried, works = getattr(network, "packs", (0, True))
+    if works and length > tried:
+        tried = max(T + 1, min(2 * length, most_positions(network.config)))
+        works = holds(packed, network, tried)
+        network.packs = max(tried, length), works
+    return k if works else 1
