@@ -23,7 +23,6 @@ What differs from the paper, and why:
 
 import math
 from dataclasses import asdict, dataclass
-from datetime import datetime
 from statistics import fmean as mean
 
 import torch
@@ -236,6 +235,9 @@ Summary B:
 Which summary is better? Reply with exactly one letter, A or B."""
 
 
+DAY = "26 Jul 2024"  # the day that Llama 3.2's template takes where it knows no other
+
+
 def quote(text):
     """Each line with "> " in front, so that nothing in a text can end the quotation: a summary that
     goes on with a "Summary B:" of its own stays summary A."""
@@ -249,10 +251,12 @@ def text_around(tokenizer):
     if not tokenizer.chat_template:
         return "", "\n\nAnswer:"
     place = "{question}"
-    day = datetime(2024, 7, 26)  # some templates tell the date, and a run may go on past midnight
-    text = tokenizer.apply_chat_template(  # a template without one of these ignores it
+    # Some templates tell the date. It is always the same here: a run may go on past midnight
+    template = (f"{{%- macro strftime_now(format) -%}}{DAY}{{%- endmacro -%}}"
+                + tokenizer.get_chat_template())
+    text = tokenizer.apply_chat_template(  # a template without these switches ignores them
         [{"role": "user", "content": place}], tokenize=False, add_generation_prompt=True,
-        enable_thinking=False, date_string=f"{day:%d %b %Y}", strftime_now=day.strftime)
+        chat_template=template, enable_thinking=False, date_string=DAY)
     before, _, after = text.partition(place)
     if "<think>" in after and "</think>" not in after:
         raise ValueError("this judge thinks before it answers: choose one that answers at once")

@@ -8,7 +8,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from engine.adapters import Adapted
 from engine.batches import pack, unpack
-from engine.devices import full_precision
+from engine.devices import full_precision, mixed_precision
 from engine.settings import SettingError
 
 # The key-value cache is called "past_key_values" before transformers 5.24, "cache" from then on
@@ -25,9 +25,8 @@ def most_positions(config):
 def hidden_width(trunk):
     """Entries of a trunk's last hidden state, from a look at one: the config's hidden_size is
     another number where the last layer is narrower (OPT-350m)."""
-    with torch.no_grad():
-        one = torch.ones(1, 1, dtype=torch.long, device=trunk.device)
-        output = trunk(input_ids=one, attention_mask=one, use_cache=False)
+    with torch.no_grad(), mixed_precision(trunk.device.type, trunk.dtype):
+        output = trunk(input_ids=torch.ones(1, 1, dtype=torch.long, device=trunk.device))
     if not hasattr(output, "last_hidden_state"):
         raise SettingError(f"{trunk.config.model_type}: the network without its lm head was not "
                            "found, and a reward model needs it; pass another model")
@@ -109,7 +108,7 @@ def holds(trial, network, length):
     """Does a trial come out as it should, up to rounding? An exception is a no."""
     tolerance = 1e-4 if network.dtype == torch.float32 else 0.05
     try:
-        with full_precision(network.device):
+        with full_precision(network.device), mixed_precision(network.device.type, network.dtype):
             ids, mask = two_rows(network, length)
             got, expected = trial(network, ids, mask, read(network, 1 + T, mask, input_ids=ids))
         return ((got - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all().item()

@@ -5,11 +5,12 @@ from functools import lru_cache
 
 
 @lru_cache(maxsize=8)
-def typed_words(tokenizer, size):
+def typed_words(tokenizer):
     """Pattern of the tokens that are found in a text although somebody typed them: added ones that
-    do not count as special, like "<think>". Not those of white space alone, which are no control
-    words. size: of the tokenizer, so that a token that is added later is noticed."""
-    words = [token.content for token in tokenizer.added_tokens_decoder.values()
+    do not count as special, like "<think>". Not those of white space, which are no control words.
+    """
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    words = [token.content for token in added
              if not token.special and len(token.content.strip()) > 1]
     return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or r"(?!)")
 
@@ -19,7 +20,7 @@ def text_ids(tokenizer, texts):
     nothing and a typed "<think>" starts nothing."""
     rows = tokenizer(texts, add_special_tokens=False, split_special_tokens=True,
                      verbose=False)["input_ids"] if texts else []
-    typed = typed_words(tokenizer, len(tokenizer))
+    typed = typed_words(tokenizer)
     for i, text in enumerate(texts):
         cuts = [word.start() + 1 for word in typed.finditer(text)]  # within the word: it isn't one
         if cuts:

@@ -75,7 +75,7 @@ def test_large_logits_take_float32(scale, dtype, monkeypatch, capsys):
     """As pythia-70m's, near 1,000: in bfloat16 such logits are 4 apart."""
     loaded = []
 
-    def load(name, device, dtype, tokenizer, small):
+    def load(name, device, dtype, tokenizer, small, length):
         model = build(CONFIGS["llama"]())
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(scale)
@@ -83,8 +83,10 @@ def test_large_logits_take_float32(scale, dtype, monkeypatch, capsys):
         return (lambda text, return_tensors: {"input_ids": torch.tensor([[3, 4, 5]])}), model
 
     monkeypatch.setattr(models, "load_language_model", load)
+    monkeypatch.setattr(models, "causal_config", lambda name: CONFIGS["llama"]())
     settings = SimpleNamespace(**vars(ModelConfig()) | {"lora_rank": 2}, tokenizer=None,
-                               fast_dev_run=False)
+                               fast_dev_run=False, query_length=8, summary_length=4,
+                               response_length=4)
     *_, found = models.load_for_training("me/model", "cuda", torch.bfloat16, settings)
     assert found == dtype and loaded == [torch.bfloat16, torch.float32][: 1 + (scale > 1)]
     assert ("too large for half precision: float32" in capsys.readouterr().out) == (scale > 1)

@@ -314,6 +314,7 @@ def test_a_tokenizer_of_nothing_but_bos(tmp_path):
         "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
                    {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]}
+    make("gptj").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(state))
     assert AutoTokenizer.from_pretrained(tmp_path)("abc")["input_ids"] == [0]
     with pytest.raises(SettingError, match="no usable tokenizer"):
@@ -359,9 +360,9 @@ def test_a_tokenizer_of_another_model(tmp_path, hub):
 
 @pytest.mark.parametrize("generation_config", [
     None, {"_from_model_config": True, "bos_token_id": 0},
-    {"temperature": 0.1, "top_k": 1, "eos_token_id": 9, "repetition_penalty": 5.0,
+    {"temperature": 0.1, "top_k": 1, "eos_token_id": [9, 999], "repetition_penalty": 5.0,
      "do_sample": True}])
-def test_eos_is_the_tokenizers_whatever_generation_config_says(generation_config, tmp_path, hub):
+def test_what_ends_a_text_is_eos_and_what_generation_config_names(generation_config, tmp_path, hub):
     folder = Path(shutil.copytree(hub / "sft", tmp_path / "sft"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
@@ -371,8 +372,12 @@ def test_eos_is_the_tokenizers_whatever_generation_config_says(generation_config
     assert model.generation_config.eos_token_id != tokenizer.eos_token_id, "the trap is not built"
     prefer(model, 0)
     assert lm.sample_responses(model, tokenizer, [[5, 6], [7]], 4, 1.0) == [[0], [0]]
+    named = 9 in (model.generation_config.eos_token_id or [])
+    assert tokenizer.end_ids == ([0, 9] if named else [0])
     prefer(model, 9)
-    assert lm.sample_responses(model, tokenizer, [[5, 6], [7]], 4, 1.0) == [[9] * 4] * 2
+    assert lm.sample_responses(model, tokenizer, [[5, 6], [7]], 4, 1.0) == (
+        [[9], [9]] if named else [[9] * 4] * 2)
+    assert lm.decode_response([5, 9, 6], tokenizer) == tokenizer.decode([5] if named else [5, 9, 6])
     model.save_pretrained(tmp_path / "saved")  # transformers refuses some of these when it saves
 
 

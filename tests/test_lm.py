@@ -717,12 +717,13 @@ class Letters:
 
     eos_token_id = 1
 
-    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
-        pieces = list(text) if split_special_tokens else re.findall("<e>|.", text)
-        ids = [1 if piece == "<e>" else ord(piece) for piece in pieces]
-        return {"input_ids": [0] * add_special_tokens + ids}
+    def __call__(self, texts, add_special_tokens=True, split_special_tokens=False, verbose=True):
+        rows = [list(text) if split_special_tokens else re.findall("<e>|.", text) for text in texts]
+        return {"input_ids": [[0] * add_special_tokens
+                              + [1 if piece == "<e>" else ord(piece) for piece in row]
+                              for row in rows]}
 
-    def decode(self, ids):
+    def decode(self, ids, clean_up_tokenization_spaces):
         return "".join("<e>" if token == 1 else chr(token) for token in ids)
 
 

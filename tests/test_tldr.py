@@ -194,12 +194,18 @@ def test_typed_special_tokens_stay_text(tokenizer, tmp_path):
         assert each.decode(ids) == build_prompt(typed)
 
 
-def test_nothing_is_added_in_front(tokenizer):
+def test_what_the_tokenizer_puts_in_front_is_part_of_the_prompt(tokenizer):
+    """Llama, Gemma, Mistral and OPT have read no text without their BOS; it counts as a token."""
     with_bos = copy.deepcopy(tokenizer)
     with_bos._tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     assert with_bos("a")["input_ids"][0] == 0
-    assert encode_prompt(post(), with_bos, 500) == encode_prompt(post(), tokenizer, 500)
+    plain, long = encode_prompt(post(), tokenizer, 500), post(post="line\n" * 400)
+    assert plain == tokenizer(build_prompt(post()))["input_ids"]
+    for rows in ([encode_prompt(post(), with_bos, 500)], encode_prompts([post()], with_bos, 500)):
+        assert rows == [[0, *plain]]
+    for ids in (encode_prompt(long, with_bos, 90), *encode_prompts([long], with_bos, 90)):
+        assert ids[0] == 0 and len(ids) <= 90 and ids[1:] == encode_prompt(long, tokenizer, 89)
 
 
 @pytest.mark.parametrize("separator", [" ", "\n"])
