@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.hf_argparser import HfArg
 
 from engine.adapters import copy_network, plain_weights, trainable
-from engine.architectures import hidden_width, no_dropout, shares_post
+from engine.architectures import hidden_width, shares_post
 from engine.batches import microbatches, one_step, pack, rows_of_step, steps_per_epoch, unpack
 from engine.devices import full_precision
 from engine.processes import sum_over_processes
@@ -119,7 +119,7 @@ class RewardModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder):
         """The model that save_pretrained wrote, in eval mode: the same scores to the last bit."""
-        config = no_dropout(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         # Its random weights are all overwritten; load_model refuses where one is missing
         model = cls(AutoModel.from_config(config), own_copy=False)
         load_model(model, str(Path(folder) / "model.safetensors"))

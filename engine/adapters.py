@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from engine.devices import no_dropout
 from engine.settings import SettingError
 
 
@@ -144,13 +145,12 @@ def plain_weights(model):
 
 def checkpoint_activations(model):
     """Keep the input of each layer only, and compute the rest again in the backward pass."""
-    network = model.network if isinstance(model, Adapted) else model
+    network = no_dropout(model.network if isinstance(model, Adapted) else model)
 
     def switch(module, _):
         for layer in module.modules():
             if isinstance(layer, GradientCheckpointingLayer):
-                # the layer's own switch: off while sampling, where it would cost the cache; its
-                # dropouts stay off as well
+                # the layer's own switch: off while sampling, where it would cost the cache
                 layer.training = torch.is_grad_enabled()
 
     enable = getattr(network, "activation_checkpointing_enable", None)  # its name from 5.20 on

@@ -33,15 +33,6 @@ def hidden_width(trunk):
     return output.last_hidden_state.shape[-1]
 
 
-def no_dropout(config):
-    """The config with every dropout off, also where a layer asks itself whether it is training."""
-    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
-        for key, value in vars(part).items() if part is not None else ():
-            if ("drop" in key) and type(value) is float:
-                setattr(part, key, 0.0)
-    return config
-
-
 # ---------------------------------------------------------------------------- trials
 #
 # All read the same two rows, [pad | post | y] with two random y after one random post, and return

@@ -78,8 +78,18 @@ class Float32Linear(nn.Linear):
             return nn.functional.linear(x.float(), self.weight.float(), bias)
 
 
+def no_dropout(model):
+    """Switch dropout off for good, in its modules and where a layer does it by hand (OPT)."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) is float and ("drop" in name or isinstance(module, nn.Dropout)):
+                setattr(module, name, 0.0)
+    return model
+
+
 def prepare(model):
-    """Change two things of a loaded language model that matter in half precision.
+    """Switch dropout off in a loaded language model, and change two things of it that matter in
+    half precision.
 
     Its logits are made in float32, since log-probs are differences of them: two to three digits of
     17.6 are not enough. And the GELU of GPT-2 and GPT-J, several operations that autocast runs in
@@ -93,7 +103,7 @@ def prepare(model):
         for name, child in module.named_children():
             if type(child).__name__ in ("NewGELUActivation", "FastGELUActivation"):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    return model
+    return no_dropout(model)
 
 
 LARGE = 50  # logits of real models stay below; from 64 on two bfloat16 numbers are 1/2 apart

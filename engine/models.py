@@ -12,7 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 from transformers import AutoTokenizer
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from engine.architectures import check_model, most_positions, no_dropout
+from engine.architectures import check_model, most_positions
 from engine.devices import LARGE, largest_logit, prepare
 from engine.settings import SettingError
 
@@ -63,29 +63,41 @@ def go_offline_unless_reachable():
         datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def small_model(config, dtype):
+def small_model(name, config, dtype):
     """Random weights of the same architecture and vocabulary, so few that --fast_dev_run takes
     seconds anywhere."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(shrink(config), dtype=dtype)
+    try:
+        return AutoModelForCausalLM.from_config(shrink(config), dtype=dtype)
+    except Exception as error:  # sizes that depend on each other otherwise than in most models
+        raise SettingError(f"{name}: --fast_dev_run can't make a small {config.model_type} "
+                           f"({' '.join(str(error).split())[:150]}); run without it") from None
 
 
 def shrink(config):
-    """The config with small sizes, those of the text and the image part where it has two."""
-    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "rotary_dim": 8,
-             "num_key_value_heads": 2, "intermediate_size": 128, "head_dim": 16}
-    kept = {key: value for key, value in config.to_dict().items() if key != "layer_types"}
-    for key in small:
-        if hasattr(config, key):
-            kept[config.attribute_map.get(key, key)] = small[key]
+    """The config with small sizes, those of the text and the image part where it has two, and with
+    one layer of each kind (two at least)."""
+    kept = config.to_dict()
+    kinds = list(dict.fromkeys(kept.get("layer_types") or []))
+    if kinds:
+        kinds = kept["layer_types"] = (2 * kinds)[: max(2, len(kinds))]
+    heads = kept.get(config.attribute_map.get("num_attention_heads", "num_attention_heads"))
+    small = {"hidden_size": 64, "num_hidden_layers": max(2, len(kinds)), "num_attention_heads": 4,
+             "num_key_value_heads": 4 if kept.get("num_key_value_heads") == heads else 2,
+             "rotary_dim": 8, "intermediate_size": 128, "head_dim": 16,
+             "attention_types": [[["global", "local"], 1]]}  # GPT-Neo's name of the kinds
+    for key, value in small.items():
+        name = config.attribute_map.get(key, key)
+        if name in kept:
+            kept[name] = value
     for part in config.sub_configs:
         kept[part] = shrink(getattr(config, part)).to_dict()
     return type(config).from_dict(kept)
 
 
 def causal_config(name):
-    """The config of a language model that writes text from left to right, with dropout off;
-    SettingError for another one."""
+    """The config of a language model that writes text from left to right; SettingError for another
+    one."""
     try:
         adapter = find_adapter_config_file(str(name))
     except OSError:  # no network, or no such model: from_hub says it
@@ -101,7 +113,7 @@ def causal_config(name):
             "Classification|QuestionAnswering|MaskedLM", names):
         raise SettingError(f"{name}: {names or kind} is no causal language model; pass one like "
                            "GPT-2, GPT-J, GPT-NeoX (Pythia), Llama or Qwen2")
-    return no_dropout(config)
+    return config
 
 
 def load_for_training(name, device, dtype, settings):
@@ -139,7 +151,7 @@ def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None,
     config = causal_config(name)
     given, tokenizer = tokenizer, load_tokenizer(tokenizer or name)
     if small:
-        model = from_hub(small_model, name, config, dtype=dtype)
+        model = small_model(name, config, dtype)
     else:
         model, report = from_hub(AutoModelForCausalLM.from_pretrained, name, config=config,
                                  dtype=dtype, trust_remote_code=False, output_loading_info=True)
