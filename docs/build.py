@@ -211,7 +211,8 @@ def section(source, name, first, example):
         left += "".join(place(ref) for ref in refs)
         text = re.sub(r"(?m)^( {4}\S.*?) {4,}(?=\S)", r"\1\n    ", text)  # two formulas in a line
         html.append(grid_row(left, words(text), source.code(numbers)))
-    return "<section>" + "".join(html) + pencil(source, name, example) + "</section>"
+    html += [pencil(source, name, example), "</section>"]
+    return "\n".join(["<section>", *html])
 
 
 def pencil(source, name, example):

@@ -137,6 +137,11 @@ OTHERS = {
     "reward.preference_accuracy": ("", r"<mean>\left[<chosen> \gt <rejected>\right]"),
     "ppo.penalize_missing_eos":
         ("silent; N+ detail 23", r"<scores>(x, y) \leftarrow <missing_eos> \;\text{ without EOS}"),
+    "ppo.rollout":
+        ("3.4", r"y \sim <old>(\cdot \mid x), \quad <old> = <policy> \;\text{ as it is}"),
+    "ppo.whiten_batch": ("silent; 2019 code",
+                         r"<advantages> \leftarrow"
+                         r" \frac{<advantages> - <mu>}{\sqrt{<variance> + 10^{-8}}}"),
     "ppo.response_values": ("3.4", r"<values>_t = <values>(x, y_{\lt t})"),
     "judge.wilson_interval":
         ("", r"(<share> - p)^2 = <z>^2 \,\frac{p (1 - p)}{<count>}"
@@ -152,8 +157,8 @@ OTHERS = {
 # function (`whiten.x`), after that variable (`part.values`) or in that file (`sft.log_probs`).
 SYMBOLS = {
     "pi": (r"\pi", "the probability that the language model gives a token; log_probs is its "
-           "logarithm", "log_probs: nats", "lm.log_probs lm.model sft.log_probs sft.model best_of_n.model "
-           "response_log_probs"),
+           "logarithm", "log_probs: nats", "lm.log_probs lm.model sft.log_probs sft.model "
+           "best_of_n.model response_log_probs"),
     "policy": (r"\pi^{\mathrm{RL}}", "the policy, the language model that PPO trains; log_probs is "
                "its log π(y_t | x, y_<t)", "log_probs: nats", "policy log_probs"),
     "old": (r"\pi_{\mathrm{old}}", "the policy that wrote the summaries of this batch",
@@ -223,7 +228,8 @@ SYMBOLS = {
     "width": (r"T", "columns of the responses: tokens of the longest summary", "tokens", "width T"),
     "k": (r"k", "summaries of each post", "a number", "k"),
     "n_tokens": (r"N", "tokens of all summaries of the batch, EOS included", "tokens", "n_tokens"),
-    "step": (r"s", "number of the step or update, from 0", "steps", "lm.step sft.step reward.step update"),
+    "step": (r"s", "number of the step or update, from 0", "steps",
+             "lm.step sft.step reward.step update"),
     "total": (r"S", "number of all steps or updates", "steps",
               "lm.total sft.total reward.total n_updates"),
     "first": (r"v_1", "the verdict when ours is summary A", "A or B", "judge_pairwise.first"),

@@ -6,7 +6,7 @@ function light(key) {
   bar.hidden = !key;
   bar.textContent = "";
   if (!key) return;
-  const places = document.querySelectorAll(`section [data-sym="${key}"], table [data-sym="${key}"]`);
+  const places = document.querySelectorAll(`:is(section, table) [data-sym="${key}"]`);
   places.forEach((place) => place.classList.add("lit"));
   const n = places.length;
   bar.innerHTML = document.getElementById(`meaning-${key}`).innerHTML;
