@@ -125,7 +125,8 @@ class Source:
         self.tree, self.lines = ast.parse(self.text), self.text.split("\n")
         tokens = tokenize.generate_tokens(io.StringIO(self.text).readline)
         self.comments = {token.start[0]: token.string[1:].removeprefix(" ") for token in tokens
-                         if token.type == tokenize.COMMENT and token.line.strip()[0] == "#"}
+                         if token.type == tokenize.COMMENT
+                         and not self.lines[token.start[0] - 1][: token.start[1]].strip()}
         *body, self.main = self.tree.body
         assert isinstance(self.main, ast.If), f"{module}.py ends in its worked example"
         self.imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
