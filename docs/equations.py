@@ -171,9 +171,11 @@ SYMBOLS = {
                "log-odds of being preferred (one unit of reward)",
                "scores score reward_model part.scores"),
     "chosen": (r"r(x, y_i)", "score of the summary that the labeler preferred",
-               "log-odds", "preference_loss.chosen preference_accuracy.chosen better"),
+               "log-odds", "preference_loss.chosen preference_accuracy.chosen train_reward.better "
+               "measure_reward_model.chosen"),
     "rejected": (r"r(x, y_{1-i})", "score of the other summary of the same post",
-                 "log-odds", "preference_loss.rejected preference_accuracy.rejected worse"),
+                 "log-odds", "preference_loss.rejected preference_accuracy.rejected "
+                 "train_reward.worse measure_reward_model.rejected"),
     "sigmoid": (r"\sigma", "the logistic function 1 / (1 + exp(−d)): a difference of scores → the "
                 "probability of being preferred", "a probability", "sigmoid logsigmoid"),
     "mean": (r"\mathbb{E}", "the mean: over pairs, over posts, or over all actions of a batch",
@@ -216,7 +218,8 @@ SYMBOLS = {
              "0 or 1", "mask part.mask"),
     "attention_mask": (r"m", "1 at a real token, 0 at padding", "0 or 1",
                        "attention_mask query_mask response_mask pad.mask sample.mask "
-                       "sample_responses.mask score_summaries.mask answer_probabilities.mask"),
+                       "sample_responses.mask score_summaries.mask answer_probabilities.mask "
+                       "get_position_ids.mask"),
     "position_ids": (r"p", "the place of a token in its text, padding not counted", "tokens",
                      "position_ids"),
     "ends": (r"e", "1 where the token is an EOS", "0 or 1", "ends is_eos"),
@@ -238,13 +241,14 @@ SYMBOLS = {
               "0 to 1", "wilson_interval.share win_rate.share"),
     "wins": (r"W", "posts on which ours was chosen in both orders", "posts", "wins"),
     "losses": (r"L", "posts on which theirs was chosen in both orders", "posts", "losses"),
-    "ties": (r"U", "posts on which the two orders contradict each other", "posts", "ties"),
+    "ties": (r"U", "posts on which the two orders contradict each other, or the summaries are "
+             "equal", "posts", "ties"),
     "z": (r"z", "standard errors of a 95 % interval: 1.96", "standard errors", "wilson_interval.z"),
     "count": (r"n", "answered posts", "posts", "wilson_interval.n"),
     "center": (r"p_0", "middle of the interval", "0 to 1", "center"),
     "half": (r"h", "half its length", "0 to 1", "half"),
-    "our_lengths": (r"\ell", "length of our summary", "characters", "our_lengths"),
-    "their_lengths": (r"\ell'", "length of theirs", "characters", "their_lengths"),
+    "our_lengths": (r"\ell_{\mathrm{ours}}", "length of our summary", "characters", "our_lengths"),
+    "their_lengths": (r"\ell_{\mathrm{theirs}}", "length of theirs", "characters", "their_lengths"),
     "weights": (r"w", "the two coefficients a and b of the regression", "log-odds",
                 "length_controlled_win_rate.weights"),
     "n": (r"n", "samples to choose the best from", "a number", "best_of_n.n best_of_n_kl.n"),
