@@ -30,7 +30,7 @@ MAP = [
      "pencil": "logits (2,0,0), (0,1,0), (0,0,3) and next tokens 1, 2, 1: "
                "−2.239545, −1.551445, −3.094923"},
     {"paper": "3.4",
-     "equation": "EOS ends the episode and is an action",
+     "equation": "EOS ends the episode and is an action (so does any other end that the model names)",
      "functions": {"lm.get_response_mask":
                    r"<mask>_t = 1 \;\text{ if }\; \sum_{s \lt t} <ends>_s = 0,"
                    r" \;\text{ else }\; 0"},
