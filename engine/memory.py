@@ -214,7 +214,13 @@ def memory_plan(settings, model_config, judge_config=None, device="cuda", dtype=
         n, n_trunk = model.num_parameters(), model.base_model.num_parameters()
         head = model_config.get_text_config().hidden_size + 1
         if adapters:
-            model = add_adapter(model, settings.lora_rank, seed=0)
+            try:
+                model = add_adapter(model, settings.lora_rank, seed=0)
+            except SettingError:  # peft isn't there
+                raise
+            except ValueError as error:
+                raise SettingError(f"{model_config.model_type}: it takes no adapters ({error}); "
+                                   "train all weights with --lora_rank 0") from None
         own = sum(p.numel() for p in trainable(model))
         try:
             turns = turns_of(alive, model, settings)
