@@ -193,7 +193,7 @@ def empty(config, dtype):
             return prepare(AutoModelForCausalLM.from_config(config, dtype=dtype)).eval()
     except Exception as error:  # of any library
         raise SettingError(f"{config.model_type}: no model can be made of its config "
-                           f"({type(error).__name__}: {' '.join(str(error).split())[:150]})") from None
+                           f"({type(error).__name__}: {str(error)[:150]!r})") from None
 
 
 def memory_plan(settings, model_config, judge_config=None, device="cuda", dtype=None):
