@@ -32,8 +32,8 @@ from engine.adapters import add_adapter, checkpoint_activations
 from engine.batches import generator_for, posts_per_update
 from engine.devices import available_memory, mixed_precision, peak_memory_bytes, pick_device
 from engine.devices import pick_dtype
-from engine.folder import Run, check_folder, choose_folder, describe
-from engine.memory import check_memory, memory_plan
+from engine.folder import Run, check_folder, choose_folder, describe, recorded
+from engine.memory import check_memory, memory_plan, peak_of
 from engine.models import causal_config, from_hub, go_offline_unless_reachable
 from engine.models import load_for_training, load_language_model
 from engine.processes import agreed, rank, start_processes
@@ -98,8 +98,10 @@ def prepare_run(settings):
     there, or too large for this machine. None for a run that is finished."""
     device = start_processes(pick_device(settings.device))
     dtype = pick_dtype(settings.dtype, device)
-    config = describe(vars(settings))
     folder, flags = settings.output_dir, (settings.restart, settings.resume)
+    if settings.resume and settings.checkpoint_activations is None:  # what was chosen then
+        settings.checkpoint_activations = recorded(folder, "checkpoint_activations")
+    config = describe(vars(settings))
     with agreed():
         posts_per_update(settings)
         if rank() == 0:
@@ -110,6 +112,7 @@ def prepare_run(settings):
         return None
     with agreed():
         judge, model, reward_model, dtype = load_given(settings, device, dtype)
+        config["checkpoint_activations"] = bool(settings.checkpoint_activations)
         data = load_data(settings)
         run = Run(folder, config, *flags, settings.save_seconds, device, dtype)
     return run, data, judge, model, reward_model
@@ -129,9 +132,15 @@ def load_given(settings, device, dtype):
     if settings.reward_model:
         reward_model = load_reward_model(settings)
     if start and not small:
-        configs = map(causal_config, models)
-        check_memory(memory_plan(settings, *configs, device=device, dtype=dtype),
-                     *available_memory(device))
+        plan_of = partial(memory_plan, settings, *map(causal_config, models), device=device,
+                          dtype=dtype)
+        plan, (available, where) = plan_of(), available_memory(device)
+        if settings.checkpoint_activations is None and peak_of(plan) > available:
+            print(f"memory: {peak_of(plan) / 2**30:.1f} GiB would not fit, so activations are "
+                  "computed twice (--checkpoint_activations)")
+            settings.checkpoint_activations = True
+            plan = plan_of()
+        check_memory(plan, available, where)
     if name == "labeler":  # of the tiny world
         judge = quality_judge(toy.true_quality)
     elif name != "reward_model":

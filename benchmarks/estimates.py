@@ -71,11 +71,18 @@ def main():
         settings = parse_settings(["--preset", preset])
         with torch.device("meta"):
             n = AutoModelForCausalLM.from_config(config).num_parameters()
-        cells, memory = [], {}
+        cells, memory, plans = [], {}, {}
         for name, (flops, bandwidth, gigabytes, dtype) in CARDS.items():
-            plan = memory_plan(settings, config, dtype=dtype)
-            plan["judge"] = dtype.itemsize * JUDGES[preset]
-            memory[dtype.itemsize] = peak_of(plan) / 2**30
+            # activations are computed twice where they don't fit otherwise
+            for settings.checkpoint_activations in (False, True):
+                kind = dtype.itemsize, settings.checkpoint_activations
+                if kind not in plans:
+                    plans[kind] = memory_plan(settings, config, dtype=dtype)
+                    plans[kind]["judge"] = dtype.itemsize * JUDGES[preset]
+                plan = plans[kind]
+                if peak_of(plan) < gigabytes * 1e9 - 1e9:
+                    break
+            memory[kind] = peak_of(plan) / 2**30
             seconds = stages(settings, n, JUDGES[preset], flops, bandwidth, dtype)
             hours = sum(seconds.values()) / 3600
             fits = peak_of(plan) < gigabytes * 1e9 - 1e9  # what CUDA itself takes

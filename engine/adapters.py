@@ -10,6 +10,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from engine.devices import no_dropout
@@ -18,6 +19,8 @@ from engine.settings import SettingError
 
 def trunk_of(model):
     """A language model without its lm head (Llama 4 keeps it under another name than it says)."""
+    if isinstance(model, Adapted):
+        return model.base_model
     return model.base_model if model.base_model is not model else model.model
 
 
@@ -135,6 +138,7 @@ def freeze(model):
     """No step may change the model from here on."""
     for p in trainable(model):
         p.requires_grad_(False)
+        p.grad = None  # of its training: as large as the weights
     return model
 
 
@@ -143,8 +147,9 @@ def plain_weights(model):
     return model.merged() if isinstance(model, Adapted) else model.state_dict()
 
 
-def checkpoint_activations(model):
-    """Keep the input of each layer only, and compute the rest again in the backward pass."""
+def checkpoint_activations(model, context_fn=noop_context_fn):
+    """Keep the input of each layer only, and compute the rest again in the backward pass.
+    context_fn: torch.utils.checkpoint's, two contexts, of the first time and of the second."""
     network = no_dropout(model.network if isinstance(model, Adapted) else model)
 
     def switch(module, _):
@@ -155,5 +160,6 @@ def checkpoint_activations(model):
 
     enable = getattr(network, "activation_checkpointing_enable", None)  # its name from 5.20 on
     (enable or network.gradient_checkpointing_enable)(
-        {"use_reentrant": False, "preserve_rng_state": False})  # nothing in a layer is random
+        {"use_reentrant": False, "context_fn": context_fn,
+         "preserve_rng_state": False})  # nothing in a layer is random
     network.register_forward_pre_hook(switch)

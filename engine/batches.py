@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from engine.devices import wide
+from engine.devices import full_precision, wide
 from engine.processes import agreed, gather, n_processes, rank, sum_over_processes
 from engine.settings import SettingError
 
@@ -146,7 +146,8 @@ class Step:
     def add(self, loss):
         """The backward pass of one microbatch, whose activations are free after it. loss: a scalar,
         already its share of the mean over the whole minibatch."""
-        (loss * self.scale if self.scale > 1 else loss).backward()
+        with full_precision(loss.device):  # else the head's float32 is rounded, and copied, here
+            (loss * self.scale if self.scale > 1 else loss).backward()
         self.total += loss.detach()
 
 

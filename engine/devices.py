@@ -60,7 +60,8 @@ def mixed_precision(device, dtype):
 @contextlib.contextmanager
 def full_precision(device):
     """Within this context nothing is rounded to half precision by the context above."""
-    with torch.autocast(device.type, enabled=False):
+    kind = "cpu" if device.type == "meta" else device.type  # of the memory plan's tensors
+    with torch.autocast(kind, enabled=False):
         yield
 
 
@@ -75,7 +76,8 @@ class Float32Linear(nn.Linear):
     def forward(self, x):
         with full_precision(x.device):
             bias = None if self.bias is None else self.bias.float()
-            return nn.functional.linear(x.float(), self.weight.float(), bias)
+            # contiguous: else, where the weights are frozen, a copy of them is made for each row
+            return nn.functional.linear(x.float().contiguous(), self.weight.float(), bias)
 
 
 def no_dropout(model):

@@ -93,6 +93,14 @@ def check_folder(folder, config, restart=False, resume=False):
                   "result may differ in the last digits")
 
 
+def recorded(folder, name):
+    """A setting of the run in a folder, None where there is none."""
+    try:
+        return json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def choose_folder(preset, resume):
     """runs/<preset>-<n> with the first n that is free, or to resume the last one that is not."""
     n = 1

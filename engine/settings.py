@@ -7,6 +7,7 @@ the paper's value in the help text. `parse` puts all of them on one command line
 import argparse
 import math
 from dataclasses import dataclass
+from typing import Optional
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -56,7 +57,8 @@ class ModelConfig:
     lora_rank: int = HfArg(default=0, help="of adapters; 0 = train all weights, as the paper does")
     micro_batch_size: int = HfArg(default=0, help="rows in memory at a time; 0 = the whole batch")
     rollout_batch_size: int = HfArg(default=0, help="rows sampled at a time; 0 = the whole batch")
-    checkpoint_activations: bool = HfArg(default=False, help="less memory, a third more compute")
+    # less memory, a third more compute
+    checkpoint_activations: Optional[bool] = HfArg(default=None, help="None: if memory is short")
 
 
 TLDR = {  # the paper's data (3.2, 3.3) as the hub has it
@@ -89,7 +91,6 @@ PRESETS = {
         "sft_model": "CarperAI/openai_summarize_tldr_sft", "tokenizer": "EleutherAI/gpt-j-6B",
         "prompt_newlines": 1, "reward_lr": 5e-5, "ppo_lr": 7e-5, "ppo_episodes": 100_000,
         "ppo_batch_size": 256, "lora_rank": 16, "micro_batch_size": 16, "rollout_batch_size": 64,
-        "checkpoint_activations": True,
         # for research only; under Apache-2.0: Qwen/Qwen3-4B-Instruct-2507
         "judge": "Qwen/Qwen2.5-3B-Instruct"},
 }
