@@ -47,8 +47,8 @@ from ppo import PPOConfig, train_ppo
 from reward import RewardConfig, RewardModel, normalize, preference_accuracy, score_summaries
 from reward import train_reward
 from sft import SFTConfig, train_sft
-from tldr import DataError, encode_prompts, load_both_splits, load_comparisons, load_posts
-from tldr import without_posts_of
+from tldr import DataError, check_titles, encode_prompts, load_both_splits, load_comparisons
+from tldr import load_posts, without_posts_of
 
 
 def run_all(settings):
@@ -111,6 +111,9 @@ def prepare_run(settings):
     with agreed():
         judge, model, reward_model, dtype = load_given(settings, device, dtype)
         data = load_data(settings)
+        if settings.posts:
+            tokenizer, _ = model or make_tiny_model(data[0], settings, device)
+            check_all_titles(settings, data, tokenizer)
         run = Run(folder, config, *flags, settings.save_seconds, device, dtype)
     return run, data, judge, model, reward_model
 
@@ -183,6 +186,14 @@ def load_data(settings):
     step = max(1, len(compared_held_out) // 2000)
     most = settings.max_posts or None
     return posts[:most], held_out, compared[:most], compared_held_out[::step][:2000]
+
+
+def check_all_titles(settings, data, tokenizer):
+    """DataError for a post that has no room for its cue, now and not when its stage begins."""
+    posts, held_out, compared, compared_held_out = data
+    compared = [row["post"] for row in compared + compared_held_out]
+    for source, rows in (settings.posts, posts + held_out), (settings.comparisons, compared):
+        check_titles(rows, source, tokenizer, settings.query_length, settings.prompt_newlines)
 
 
 # ---------------------------------------------------------------------------- text <-> token ids
@@ -418,15 +429,29 @@ def summarize(settings):
     folder = Path(settings.output_dir or "")
     if not settings.output_dir or not (folder / "policy").is_dir():
         raise SettingError(f"--summarize needs --output_dir with a finished run, got {folder}")
+    for name in ("sft", "policy", "reward_model"):  # what is missing would be asked of the hub
+        if not (folder / name / "config.json").is_file():
+            raise SettingError(f"--output_dir {folder}: expected a finished run, found no model in "
+                               f"{name}/; run it again, or choose another folder")
     try:
-        text = Path(settings.summarize).read_text(encoding="utf-8")
+        text = Path(settings.summarize).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise SettingError(f"--summarize {settings.summarize}: expected a UTF-8 text file "
                            f"({error})") from None
+    if not text:
+        raise SettingError(f"--summarize {settings.summarize}: expected a post, found no text")
     device = pick_device(settings.device)
-    vars(settings).update(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    reward_model = RewardModel.from_pretrained(folder / "reward_model").to(device)
-    posts = [{"post": text.strip()}]
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # torn, or never written
+        saved = None
+    needed = "query_length", "prompt_newlines", "summary_length", "response_length"
+    if not isinstance(saved, dict) or not all(type(saved.get(key)) is int for key in needed):
+        raise SettingError(f"--output_dir {folder}: expected the settings of a run in config.json, "
+                           "found none or not all; run it again, or choose another folder")
+    vars(settings).update(saved)
+    reward_model = from_hub(RewardModel.from_pretrained, folder / "reward_model").to(device)
+    posts = [{"post": text}]
     for name in ("sft", "policy"):
         tokenizer, model = load_language_model(folder / name, device)
         texts = write(tokenizer, settings, model, posts)
