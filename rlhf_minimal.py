@@ -38,7 +38,8 @@ from engine.models import causal_config, from_hub, go_offline_unless_reachable
 from engine.models import load_for_training, load_language_model
 from engine.processes import agreed, rank, start_processes
 from engine.report import one_line, report
-from engine.settings import SettingError, parse
+from engine.rows import read_text
+from engine.settings import SettingError, check_ranges, parse
 from judge import JudgeConfig, agreements, best_of_n, best_of_n_kl, compare_summaries, judge_during
 from judge import judge_the_judge, judged, load_judge, mean_words, measure_reward_model
 from judge import quality_judge, reward_model_judge, wilson_interval
@@ -427,15 +428,13 @@ def summarize(settings):
     """--summarize FILE: the summaries of one post by the SFT model and the policy of a finished
     run, with their rewards."""
     folder = Path(settings.output_dir or "")
-    if not settings.output_dir or not (folder / "policy").is_dir():
-        raise SettingError(f"--summarize needs --output_dir with a finished run, got {folder}")
     for name in ("sft", "policy", "reward_model"):  # what is missing would be asked of the hub
-        if not (folder / name / "config.json").is_file():
-            raise SettingError(f"--output_dir {folder}: expected a finished run, found no model in "
-                               f"{name}/; run it again, or choose another folder")
+        if not settings.output_dir or not (folder / name / "config.json").is_file():
+            raise SettingError(f"--summarize needs --output_dir with a finished run, got {folder} "
+                               f"and no model in {folder / name}")
     try:
-        text = Path(settings.summarize).read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(settings.summarize)).strip()
+    except (OSError, ValueError) as error:
         raise SettingError(f"--summarize {settings.summarize}: expected a UTF-8 text file "
                            f"({error})") from None
     if not text:
@@ -445,11 +444,13 @@ def summarize(settings):
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # torn, or never written
         saved = None
-    needed = "query_length", "prompt_newlines", "summary_length", "response_length"
+    needed = ("query_length", "prompt_newlines", "summary_length", "response_length",
+              "rollout_batch_size")
     if not isinstance(saved, dict) or not all(type(saved.get(key)) is int for key in needed):
         raise SettingError(f"--output_dir {folder}: expected the settings of a run in config.json, "
                            "found none or not all; run it again, or choose another folder")
     vars(settings).update(saved)
+    check_ranges(settings)
     reward_model = from_hub(RewardModel.from_pretrained, folder / "reward_model").to(device)
     posts = [{"post": text}]
     for name in ("sft", "policy"):

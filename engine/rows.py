@@ -59,8 +59,8 @@ def rows_of(value):
 
 # A prompt of the paper (tldr.build_prompt), with one line end or two between its fields; the cue
 # may be missing, as in CarperAI/openai_summarize_comparisons.
-PAPER = re.compile(r"SUBREDDIT: r/(?P<subreddit>\S*)\s+TITLE:(?P<title>.*?)\n\s*"
-                   r"POST:(?P<post>.*?)(?:\n\s*TL;DR:)?", re.DOTALL)
+PAPER = re.compile(r"SUBREDDIT: r/(?P<subreddit>\S*)\s{1,4}TITLE:(?P<title>.*?)\n\s{0,3}"
+                   r"POST:(?P<post>.*?)(?:\n\s{0,3}TL;DR:)?", re.DOTALL)
 # Where the last answer of a conversation begins, in Anthropic/hh-rlhf and behind a paper's prompt.
 LAST_CUE = re.compile(r"(.*)(?:\n\nAssistant:|\nTL;DR:)(.*)", re.DOTALL)
 
@@ -86,9 +86,11 @@ def our_form(row):
 
     Our own form has the name "". The others are chosen and rejected with a prompt, or without one
     where they are whole conversations; and a prompt with its completion or label. Each of these is
-    a text or chat messages. The last message is the answer, and all before it is the prompt. A
+    a text or chat messages. The last message is the answer, and all before it is the prompt; two
+    texts that begin with the prompt lose it. A
     prompt in the paper's format is taken apart into subreddit, title and post. Any other prompt is
-    the text of a post, as it is; if it has several messages, each begins with its role.
+    the text of a post, as it is, but for a cue at its end (the prompt that is built has its own);
+    if it has several messages, each begins with its role.
     """
     fields = ["chosen", "rejected"] if "chosen" in row or "rejected" in row else []
     if not fields and "prompt" in row:
@@ -107,16 +109,16 @@ def our_form(row):
             expect(cut, "prompt", "text, or messages", None)
             before, answer = cut.groups()
         # Messages begin with the prompt (UltraFeedback), or they follow it (TRL).
-        asked.append(before if prompt in before else f"{prompt}\n\n{before}".strip())
+        asked.append((before if prompt in before else f"{prompt}\n\n{before}").strip())
         answers.append(answer.strip())
     if prompt and len(fields) == 2 and all(answer.startswith(prompt) for answer in answers):
         answers = [answer.removeprefix(prompt) for answer in answers]
-    paper = PAPER.fullmatch(asked[0].strip())
+    paper = PAPER.fullmatch(asked[0])
     name = "/".join(["prompt"] * given + fields) + (
         ", the prompt in the paper's format" if paper else ", the prompt as the text of a post")
     if asked[0] != asked[-1]:
         return name, "conversations that differ before the last answer"
-    post = paper.groupdict() if paper else {"post": asked[0]}
+    post = paper.groupdict() if paper else {"post": asked[0].removesuffix("TL;DR:")}
     # CarperAI/openai_summarize_comparisons has the cue in front of the answers.
     answers = [{"text": answer.removeprefix("TL;DR:")} for answer in answers]
     if len(fields) == 1:
@@ -241,8 +243,8 @@ def split_meanings(source, names, kind):
     words = {name: re.match("([a-z]*)[_-]?(.*)", name.lower()).groups() for name in names}
     ends = {end for word, end in words.values() if word == "train"}
     if len(ends) > 1 and kind not in ends:
-        raise DataError(f"{source}: expected one split to train on, got {str(names):.200}; save the "
-                        "rows you mean as a file")
+        raise DataError(f"{source}: expected one split to train on, got {str(names):.200}; save "
+                        "the rows you mean as a file")
     return {name: SPLITS.get(word, name) if len(ends) < 2 or end == kind else None
             for name, (word, end) in words.items()}
 
@@ -251,38 +253,38 @@ def check_rows(source, check, kind):
     """Every row of source as (split, choice, check(row)); DataError about all that are wrong."""
     checked, wrong, forms, fields = [], [], Counter(), ""
     for place, split, row in read_rows(source):
-        choice = result = None
+        name = choice = result = None
         try:
             # A line is parsed here, and not while reading: an error in it can name its row.
             row = parse_line(row) if isinstance(row, str) else row
             expect(isinstance(row, dict) and None not in row, "whole row", "a value per field", row)
             fields = fields or f"; fields: {', '.join(row)!r:.200}"
-            split = get_text(row, "split", optional=True) or split
+            name = get_text(row, "split", optional=True) or split
             form, ours = our_form(row)
             result = ours if isinstance(ours, str) else check(ours)
             choice = str(row.get("choice"))  # of comparisons in our own form only
             forms[form] += 1
         except DataError as error:
-            wrong.append((split, place, *error.args))
-        checked.append((split, choice, result))
-    means = split_meanings(source, sorted({split for split, _, _ in checked}), kind)
-    wrong = [found for split, *found in wrong if means[split]]
+            wrong.append((name, place, *error.args))
+        checked.append((name, choice, result))
+    means = split_meanings(source, sorted({name for name, _, _ in checked if name}), kind)
+    wrong = [found for name, *found in wrong if name is None or means[name]]
     if wrong:
         # Three places are enough to see what is wrong, and the counts whether it is all of them.
         first = "; ".join(f"{place}, {reason}, got {got}" for place, reason, got in wrong[:3])
         reasons = Counter(reason for _, reason, _ in wrong)
         counts = "; ".join(f"{count} x {reason}" for reason, count in reasons.items())
         missing = fields if wrong[0][-1] == "None" else ""
-        raise DataError(f"{source}: {first} (of {len(checked)} rows {counts}{missing}); correct or "
-                        "delete them")
+        raise DataError(f"{source}: {first} (of {len(checked)} rows {counts}{missing}); "
+                        "correct or delete them")
     if checked and not {"train", "validation"} & set(means.values()):
         raise DataError(f"{source}: expected a split named train or validation, got "
                         f"{str(list(means)):.200}; rename one")
     if forms.keys() - {""}:
         print(f"{source}: read as " + "; ".join(
             f"{form or 'our own form'}: {count} rows" for form, count in forms.items()))
-    return [(means[split], choice, result if means[split] else "in a split of another kind")
-            for split, choice, result in checked]
+    return [(means[name], choice, result if means[name] else "in a split of another kind")
+            for name, choice, result in checked]
 
 
 def choose_rows(source, checked, split, limit):
