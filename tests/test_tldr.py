@@ -719,6 +719,11 @@ def test_a_line_that_names_the_delimiter_moves_no_row(write):
         load_posts, write("sep=;\npost;summary\na\n", "posts.csv"))
 
 
+def test_a_mark_inside_quotes_divides_no_header(write):
+    text = 'post;summary;"note, or ""why"""\na, b;c;d\n'
+    assert load_posts(write(text, "posts.csv"))[0]["post"] == "a, b"
+
+
 def test_a_cell_of_any_length(write):
     long = "seat " * 100_000
     assert load_posts(write(f"post,summary\n{long},b\n", "p.csv"))[0]["post"] == long.strip()
@@ -859,7 +864,7 @@ def test_no_usable_row(write, content, fragment):
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
 def test_wrong_encoding_names_its_line(write, mark, name):
-    data = mark + b"post,summary\na,b\ncaf\xe9,d\n"
+    data = mark + b"post,summary\na,b\n\xe9,d\n"
     assert "expected UTF-8 .csv: line 3 has the byte 0xe9" in message(
         load_posts, write(data, name)).replace(".jsonl:", ".csv:")
 
