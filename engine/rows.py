@@ -86,19 +86,18 @@ def our_form(row):
 
     Our own form has the name "". The others are chosen and rejected with a prompt, or without one
     where they are whole conversations; and a prompt with its completion or label. Each of these is
-    a text or chat messages. The last message is the answer, and all before it is the prompt; two
-    texts that begin with the prompt lose it. A
-    prompt in the paper's format is taken apart into subreddit, title and post. Any other prompt is
-    the text of a post, as it is, but for a cue at its end (the prompt that is built has its own);
-    if it has several messages, each begins with its role.
+    a text or chat messages. The last message is the answer, and all before it is the prompt; where
+    chosen and rejected both begin with the prompt's text, it is cut off there. A prompt in the
+    paper's format is taken apart into subreddit, title and post. Any other prompt is the text of a
+    post, as it is, but for a cue at its end (the prompt that is built has its own); if it has
+    several messages, each begins with its role.
     """
-    fields = ["chosen", "rejected"] if "chosen" in row or "rejected" in row else []
-    if not fields and "prompt" in row:
-        fields = [field for field in ("completion", "label") if field in row]
-        # In data for KTO the label says whether the completion beside it is a good one.
-        expect(len(fields) < 2, "label", "none beside a completion", row.get("label"))
+    fields = ["chosen", "rejected"] if "chosen" in row or "rejected" in row else [
+        field for field in ("completion", "label") if field in row and "prompt" in row]
     if not fields or "info" in row or "post" in row:
         return "", row
+    # In data for KTO the label says whether the completion beside it is a good one.
+    expect("label" not in fields[1:], "label", "none beside a completion", row.get("label"))
     given = row.get("prompt") is not None
     prompt, asked, answers = one_text(messages(row, "prompt")) if given else "", [], []
     for field in fields:
@@ -229,9 +228,6 @@ def find_row(source, text):
 
 # ---------------------------------------------------------------------------- the checked rows
 
-SPLITS = {"train": "train", "valid": "validation", "validation": "validation",
-          "val": "validation", "dev": "validation", "eval": "validation"}
-
 
 def split_meanings(source, names, kind):
     """{name of a split: what it is}: "train", "validation", or itself, which is in "all" only.
@@ -245,7 +241,9 @@ def split_meanings(source, names, kind):
     if len(ends) > 1 and kind not in ends:
         raise DataError(f"{source}: expected one split to train on, got {str(names):.200}; save "
                         "the rows you mean as a file")
-    return {name: SPLITS.get(word, name) if len(ends) < 2 or end == kind else None
+    means = {"train": "train", "valid": "validation", "validation": "validation",
+             "val": "validation", "dev": "validation", "eval": "validation"}
+    return {name: means.get(word, name) if len(ends) < 2 or end == kind else None
             for name, (word, end) in words.items()}
 
 

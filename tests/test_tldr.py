@@ -467,6 +467,14 @@ def test_prompt_and_completion(write, capsys, row, expected):
     assert "/label, " in capsys.readouterr().out if "label" in row else True
 
 
+def test_our_own_form_counts_before_another(write, capsys):
+    more = {"prompt": "a", "completion": "b", "label": "c", "chosen": "d", "rejected": "e"}
+    assert load_posts(write([{**post(), **more}])) == load_posts(write([post()]))
+    assert load_comparisons(write([{**comparison(), **more}])) == (
+        load_comparisons(write([comparison()])))
+    assert "read as" not in capsys.readouterr().out
+
+
 def test_a_form_is_read_from_a_table_too(write):
     assert load_comparisons(write("prompt;chosen;rejected\nhi;yes;no\n", "rows.csv")) == [
         {"post": {"subreddit": "", "title": "", "post": "hi"}, "chosen": "yes", "rejected": "no",
