@@ -38,7 +38,8 @@ from engine.models import causal_config, from_hub, go_offline_unless_reachable
 from engine.models import load_for_training, load_language_model
 from engine.processes import agreed, rank, start_processes
 from engine.report import one_line, report
-from engine.settings import SettingError, parse
+from engine.rows import read_text
+from engine.settings import SettingError, check_ranges, parse
 from judge import JudgeConfig, agreements, best_of_n, best_of_n_kl, compare_summaries, judge_during
 from judge import judge_the_judge, judged, load_judge, mean_words, measure_reward_model
 from judge import quality_judge, reward_model_judge, wilson_interval
@@ -47,8 +48,8 @@ from ppo import PPOConfig, train_ppo
 from reward import RewardConfig, RewardModel, normalize, preference_accuracy, score_summaries
 from reward import train_reward
 from sft import SFTConfig, train_sft
-from tldr import DataError, encode_prompts, load_both_splits, load_comparisons, load_posts
-from tldr import without_posts_of
+from tldr import DataError, check_titles, encode_prompts, load_both_splits, load_comparisons
+from tldr import load_posts, without_posts_of
 
 
 def run_all(settings):
@@ -114,6 +115,9 @@ def prepare_run(settings):
         judge, model, reward_model, dtype = load_given(settings, device, dtype)
         config["checkpoint_activations"] = bool(settings.checkpoint_activations)
         data = load_data(settings)
+        if settings.posts:
+            tokenizer, _ = model or make_tiny_model(data[0], settings, device)
+            check_all_titles(settings, data, tokenizer)
         run = Run(folder, config, *flags, settings.save_seconds, device, dtype)
     return run, data, judge, model, reward_model
 
@@ -192,6 +196,14 @@ def load_data(settings):
     step = max(1, len(compared_held_out) // 2000)
     most = settings.max_posts or None
     return posts[:most], held_out, compared[:most], compared_held_out[::step][:2000]
+
+
+def check_all_titles(settings, data, tokenizer):
+    """DataError for a post that has no room for its cue, now and not when its stage begins."""
+    posts, held_out, compared, compared_held_out = data
+    compared = [row["post"] for row in compared + compared_held_out]
+    for source, rows in (settings.posts, posts + held_out), (settings.comparisons, compared):
+        check_titles(rows, source, tokenizer, settings.query_length, settings.prompt_newlines)
 
 
 # ---------------------------------------------------------------------------- text <-> token ids
@@ -425,17 +437,31 @@ def summarize(settings):
     """--summarize FILE: the summaries of one post by the SFT model and the policy of a finished
     run, with their rewards."""
     folder = Path(settings.output_dir or "")
-    if not settings.output_dir or not (folder / "policy").is_dir():
-        raise SettingError(f"--summarize needs --output_dir with a finished run, got {folder}")
+    for name in ("sft", "policy", "reward_model"):  # what is missing would be asked of the hub
+        if not settings.output_dir or not (folder / name / "config.json").is_file():
+            raise SettingError(f"--summarize needs --output_dir with a finished run, got {folder} "
+                               f"and no model in {folder / name}")
     try:
-        text = Path(settings.summarize).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(settings.summarize)).strip()
+    except (OSError, ValueError) as error:
         raise SettingError(f"--summarize {settings.summarize}: expected a UTF-8 text file "
                            f"({error})") from None
+    if not text:
+        raise SettingError(f"--summarize {settings.summarize}: expected a post, found no text")
     device = pick_device(settings.device)
-    vars(settings).update(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    reward_model = RewardModel.from_pretrained(folder / "reward_model").to(device)
-    posts = [{"post": text.strip()}]
+    try:
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # torn, or never written
+        saved = None
+    needed = ("query_length", "prompt_newlines", "summary_length", "response_length",
+              "rollout_batch_size")
+    if not isinstance(saved, dict) or not all(type(saved.get(key)) is int for key in needed):
+        raise SettingError(f"--output_dir {folder}: expected the settings of a run in config.json, "
+                           "found none or not all; run it again, or choose another folder")
+    vars(settings).update(saved)
+    check_ranges(settings)
+    reward_model = from_hub(RewardModel.from_pretrained, folder / "reward_model").to(device)
+    posts = [{"post": text}]
     for name in ("sft", "policy"):
         tokenizer, model = load_language_model(folder / name, device)
         texts = write(tokenizer, settings, model, posts)

@@ -26,10 +26,8 @@ the files), where a JSON reader alone lets it through and the model trains on it
 
 import bisect
 import random
-from itertools import zip_longest
-from pathlib import Path
 
-from engine.rows import DataError, checked_rows, expect, get_text
+from engine.rows import DataError, checked_rows, expect, find_row, get_text, rows_of
 from engine.texts import front_ids, text_ids
 
 # ---------------------------------------------------------------------------- the prompt, App. B.2
@@ -118,6 +116,22 @@ def encode_prompts(posts, tokenizer, query_length, newlines=2):
             for post, ids in zip(posts, rows)]
 
 
+def check_titles(posts, source, tokenizer, query_length, newlines=2):
+    """Raise DataError, with its row, for a post of source whose title leaves no room for a cue.
+
+    For before any work: the prompts of a stage are encoded when it begins, and that may be hours
+    after the start.
+    """
+    for post in {(post["subreddit"], post["title"]): post for post in posts}.values():
+        empty = {**post, "post": ""}
+        # A token stands for at least a byte of the text: hardly any title is asked about.
+        if len(build_prompt(empty).encode()) + 8 > query_length:  # 8: tokens in front, if any
+            try:
+                encode_prompt(empty, tokenizer, query_length, "\n" * newlines)
+            except DataError as error:
+                raise DataError(f"{source}: {find_row(source, post['title'])}, {error}") from None
+
+
 # ---------------------------------------------------------------------------- one row
 
 
@@ -140,14 +154,12 @@ def check_reference(row):
 def check_comparison(row):
     """A row of comparisons -> what load_comparisons returns, or a str: why it is left out.
 
-    The schema: info {post, title, subreddit}, two summaries {text, policy}, choice 0 or 1 (the
-    index of the better one), split. Raises DataError as check_reference does.
+    The schema: info {post, title, subreddit}, two summaries {text, policy} (a list of two, or
+    columns of two), choice 0 or 1 (the index of the better one), split. Left out are pairs with
+    nothing to choose: an empty summary, or twice the same. Raises DataError as check_reference.
     """
-    info, summaries, choice = row.get("info"), row.get("summaries"), row.get("choice")
+    info, summaries, choice = row.get("info"), rows_of(row.get("summaries")), row.get("choice")
     expect(isinstance(info, dict), "info", "an object with post, title and subreddit", info)
-    if isinstance(summaries, dict):  # columns {"text": [a, b], ...}, as `datasets` 3 returns them
-        columns = {name: cells for name, cells in summaries.items() if isinstance(cells, list)}
-        summaries = [dict(zip(columns, cells)) for cells in zip_longest(*columns.values())]
     expect(isinstance(summaries, list) and len(summaries) == 2, "summaries", "two", summaries)
     texts, policies = [], []
     for inside, summary in zip(("summaries[0]", "summaries[1]"), summaries):
@@ -163,6 +175,9 @@ def check_comparison(row):
     post = get_post(info, "info.")
     if not post["post"]:
         return "empty post text"
+    # Nothing to read: an empty one tells a reward model of nothing but its length.
+    if not all(texts):
+        return "empty summary"
     # No preference to learn: the loss of such a pair is log 2, whatever the reward model says.
     if texts[0] == texts[1]:
         return "identical summaries"
@@ -179,21 +194,20 @@ def load_posts(source, split="train", limit=None):
 
     source is a hub id, a .jsonl, .json, .csv or .parquet file, or a folder of parquet files. split
     is "train", "validation" or "all", or a tuple of these for a list of each; a row that names no
-    split is a "train" row. The list is empty when all usable rows are in another split. Prints how
-    many rows are used; raises DataError, in one line, if any row is wrong or none is usable.
+    split is a "train" row. The list is empty when all usable rows are in the other of the two.
+    Rows of prompt and completion, or prompt and label, are read as well (engine/rows.our_form).
+    Prints how many rows are used; raises DataError, in one line, if one is wrong or none usable.
     """
-    return checked_rows(source, split, limit, check_reference)
+    return checked_rows(source, split, limit, check_reference, "sft")
 
 
 def load_comparisons(source, split="train", limit=None):
     """Section 3.3: a list of {"post", "chosen", "rejected", "policies"}, the chosen policy first.
 
-    The schema is that of openai/summarize_from_feedback; source and split as in load_posts.
+    The schema is that of openai/summarize_from_feedback, or prompt, chosen and rejected, as texts
+    or chat messages (engine/rows.our_form); source and split as in load_posts.
     """
-    # A cell of a table holds one text, and a row of comparisons has objects in it.
-    if Path(source).suffix.lower() == ".csv":
-        raise DataError(f"{source}: .csv cannot hold comparisons (nested); use .jsonl or .parquet")
-    return checked_rows(source, split, limit, check_comparison)
+    return checked_rows(source, split, limit, check_comparison, "prefs")
 
 
 # ---------------------------------------------------------------------------- train and validation

@@ -7,11 +7,13 @@ file, the row, the field and what was expected there. sys.exit(a text) prints it
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -19,6 +21,7 @@ from transformers import AutoTokenizer
 import rlhf_minimal
 import toy
 from engine.rows import DataError
+from reward import RewardModel
 from tldr import build_prompt, divide_by_post, encode_prompt, load_comparisons, load_posts
 
 torch.set_num_threads(1)
@@ -80,18 +83,36 @@ BAD_COMPARISONS = {  # what is wrong: (name of the file, its content, what the o
     # the file
     "missing": ("rows.jsonl", None, "expected UTF-8 .jsonl: [Errno 2] No such file"),
     "a folder": ("rows.jsonl", "a folder", "doesn't contain any data files"),
-    "utf-16": ("rows.jsonl", json_lines(COMPARISONS).encode("utf-16"), "expected UTF-8 .jsonl"),
+    "latin-1": ("rows.jsonl", json_lines(COMPARISONS).encode() + b"\xe9",
+                "expected UTF-8 .jsonl: line 7 has the byte 0xe9"),
+    "utf-16 without its mark": ("rows.jsonl", json_lines(COMPARISONS).encode("utf-16-le"),
+                                "row 1, whole row: expected JSON, got"),
     "empty": ("rows.jsonl", "", "expected at least one usable row, got 0 of 0 rows used"),
     "only blank lines": ("rows.jsonl", "\n \n", "expected at least one usable row"),
     "empty array": ("rows.json", "[]", "expected at least one usable row, got 0 of 0 rows used"),
     "broken array": ("rows.json", json.dumps(COMPARISONS)[:-1], "expected UTF-8 .json: Expecting"),
-    "csv": ("rows.csv", "info,choice\n1,1\n", ".csv cannot hold comparisons (nested); use .jsonl"),
+    "csv": ("rows.csv", "info,choice\n1,1\n", "row 2, info: expected an object with post, title"),
+    "gz": ("rows.jsonl.gz", b"\x1f\x8b", "expected a hub id (owner/name) or"),
+    "gz named jsonl": ("rows.jsonl", b"\x1f\x8b\xff", "line 1 has the byte 0x8b"),
+    "csv named parquet": ("rows.parquet", "prompt,chosen,rejected\na,b,c\n", "not readable, Arrow"),
+    "one object": ("rows.json", json.dumps({"data": COMPARISONS}), "fields: 'data'"),
     "csv named jsonl": ("rows.jsonl", "id,post\n1,a\n",
                         "row 1, whole row: expected JSON, got 'id,post'"),
     "unknown extension": ("rows.txt", json_lines(COMPARISONS), "expected a hub id (owner/name) or"),
     "missing, unknown extension": ("rows", None, "expected a hub id (owner/name) or a .jsonl"),
     "not parquet": ("rows.parquet", "PAR1", "not readable, "),
     # all rows
+    "splits of other names": ("rows.jsonl", json_lines([comparison(i, split="gold")
+                                                        for i in range(6)]),
+                              "expected a split named train or validation, got ['gold']; rename"),
+    "no prompt": ("rows.jsonl", json_lines([{"chosen": "a", "rejected": "b"}] * 6),
+                  "row 1, prompt: expected text, or messages, got None"),
+    "ShareGPT's messages": ("rows.jsonl", json_lines([{
+        "chosen": [{"from": "gpt", "value": "a"}], "rejected": []}] * 6),
+        "row 1, chosen[0].role: expected text, got None"),
+    "other conversations": ("rows.jsonl", json_lines([{
+        "chosen": "Human: a\n\nAssistant: b", "rejected": "Human: c\n\nAssistant: d"}] * 6),
+        "got 0 of 6 rows used; left out: 6 conversations that differ before the last answer"),
     "posts for comparisons": ("rows.jsonl", json_lines(POSTS),
                               "row 1, info: expected an object with post, title and subreddit, got"
                               " None"),
@@ -134,12 +155,23 @@ BAD_COMPARISONS = {  # what is wrong: (name of the file, its content, what the o
 BAD_POSTS = {
     "missing": ("rows.csv", None, "expected UTF-8 .csv: [Errno 2] No such file"),
     "a folder": ("rows.csv", "a folder", "doesn't contain any data files"),
-    "utf-16": ("rows.csv", "post,summary\na,b\n".encode("utf-16"), "expected UTF-8 .csv"),
+    "latin-1": ("rows.csv", b"post,summary\na,b\n\xe9,b\n", "line 3 has the byte 0xe9"),
+    "parquet named csv": ("rows.csv", b"PAR1\x15\xff", "line 1 has the byte 0xff"),
+    "header only": ("rows.csv", "post,summary\n", "expected at least one usable row, got 0 of 0"),
+    "two delimiters": ("rows.csv", "post;summary,title\na;b,c\n", "has ',' and ';'"),
+    "two columns of one name": ("rows.csv", "post,post\na,b\n", "has two columns of one name"),
     "empty": ("rows.csv", "", "expected at least one usable row, got 0 of 0 rows used"),
     "open quote": ("rows.csv", 'post,summary\na,"b\n', "expected UTF-8 .csv: unexpected end"),
     "a comma too many": ("rows.csv", "post,summary\na,b\na,b,c\n",
                          "row 3, whole row: expected a value per field, got {"),
-    "semicolons": ("rows.csv", "post;summary\na;b\n", "row 2, post: expected text, got None"),
+    "other columns": ("rows.csv", "text;summary\na;b\n",
+                      "row 2, post: expected text, got None (of 1 rows 1 x post: expected text; "
+                      "fields: 'text, summary'); correct"),
+    "pairs for posts": ("rows.jsonl", json_lines([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+                        "row 1, post: expected text, got None"),
+    "labels of KTO": ("rows.jsonl", json_lines([{"prompt": "a", "completion": "b",
+                                                 "label": True}]),
+                      "row 1, label: expected none beside a completion, got True"),
     "csv named jsonl": ("rows.jsonl", "post,summary\na,b\n",
                         "row 1, whole row: expected JSON, got 'post,summary'"),
     "comparisons for posts": ("rows.jsonl", json_lines(COMPARISONS),
@@ -279,6 +311,107 @@ def test_equal_labels_are_a_warning(tmp_path, capsys, choice):
     assert f"rows.jsonl: warning: every choice is {choice}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("side", ["posts", "comparisons"])
+def test_a_title_without_room_is_found_before_any_work(tmp_path, monkeypatch, side):
+    def work(*args, **settings):
+        raise AssertionError("work has started")
+
+    for name in ("Run", "train_sft", "train_reward", "train_ppo"):
+        monkeypatch.setattr(rlhf_minimal, name, work)
+    rows = {"posts": [*POSTS, post(6, title="long " * 600, split="valid1")],
+            "comparisons": [*COMPARISONS, comparison(6, split="valid2")]}
+    rows["comparisons"][6]["info"]["title"] = "long " * (600 if side == "comparisons" else 1)
+    rows["posts"][6]["title"] = "long " * (600 if side == "posts" else 1)
+    paths = [write(tmp_path / f"{name}.jsonl", json_lines(rows[name])) for name in rows]
+    with pytest.raises(SystemExit) as stop:
+        rlhf_minimal.main(command_line(tmp_path, *paths))
+    assert f"{side}.jsonl: row 7, query_length 512 is too small: title" in stop.value.code
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------- one post: --summarize
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """What --summarize reads of a finished run: settings and three models, none of them trained."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    tokenizer = toy.make_tokenizer([build_prompt(row) for row in POSTS])
+    model = toy.make_model(tokenizer, 16, 1, 2)
+    for name in ("sft", "policy"):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    RewardModel(model).save_pretrained(folder / "reward_model")
+    settings = vars(rlhf_minimal.parse_settings(["--response_length", "4"]))
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def summarize(finished, tmp_path, capsys):
+    """summarize(post, change) -> what is printed, or the line with which it ends."""
+    def summarize(content="My cat took my seat.", change=lambda folder: None):
+        shutil.copytree(finished, tmp_path / "run")
+        change(tmp_path / "run")
+        write(tmp_path / "post.txt", content)
+        try:
+            rlhf_minimal.main(["--summarize", str(tmp_path / "post.txt"),
+                               "--output_dir", str(tmp_path / "run")])
+        except SystemExit as stop:
+            assert stop.code.startswith("rlhf_minimal: ") and stop.code.isprintable()
+            return stop.code
+        finally:
+            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "post.txt").unlink(missing_ok=True)
+        return capsys.readouterr().out
+    return summarize
+
+
+def test_a_mark_in_front_of_a_post_is_no_text(summarize):
+    text = "My caf\u00e9"
+    plain = summarize(text)
+    assert [line.split()[0] for line in plain.splitlines()] == ["sft", "policy"]
+    assert plain != summarize("\ufeff\ufeff" + text)  # it does matter
+    for content in (text.encode("utf-8-sig"), text.encode("utf-16"), f" {text}\r\n"):
+        assert summarize(content) == plain
+
+
+@pytest.mark.parametrize("content, said", [
+    ("", "expected a post, found no text"), (" \r\n", "expected a post, found no text"),
+    (b"\xef\xbb\xbf", "expected a post, found no text"), (None, "expected a UTF-8 text file"),
+    (b"a\ncaf\xe9", "expected a UTF-8 text file (line 2 has the byte 0xe9"),
+])
+def test_a_file_without_a_post(summarize, content, said):
+    assert f"post.txt: {said}" in summarize(content)
+
+
+@pytest.mark.parametrize("name", ["sft", "policy", "reward_model"])
+@pytest.mark.parametrize("change, said", [
+    (shutil.rmtree, "needs --output_dir with a finished run, got "),
+    (lambda folder: (folder / "config.json").unlink(), "no model in "),
+    (lambda folder: (folder / "config.json").write_text(""), ": not readable, "),
+    (lambda folder: (folder / "model.safetensors").unlink(), ": not readable, "),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"1"), ": not readable, "),
+], ids=["missing", "no config", "empty config", "no weights", "cut weights"])
+def test_a_run_with_a_damaged_model(summarize, name, change, said, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it would be asked
+    assert said in summarize(change=lambda folder: change(folder / name))
+
+
+@pytest.mark.parametrize("config, said", [
+    *[(text, "expected the settings of a run in config.json") for text in (
+        "", "{}", "[]", "3", '{"query_length": 51', "[" * 100_000, '{"query_length": "512"}')],
+    ('{"response_length": 0}', "--response_length 0: expected more than 0")])
+def test_a_run_with_damaged_settings(summarize, config, said):
+    def change(folder):
+        path, whole = folder / "config.json", config
+        if config.startswith('{"') and config.endswith("}"):  # one setting is wrong
+            whole = json.dumps({**json.loads(path.read_text()), **json.loads(config)})
+        path.write_text(whole)
+
+    assert said in summarize(change=change)
+
+
 # ---------------------------------------------------------------------------- untrusted text
 
 HOSTILE = {
@@ -365,7 +498,8 @@ def test_prompts_of_hostile_text(tokenizers, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["choice true", "utf-16", "a folder", "missing"])
+@pytest.mark.parametrize("name", ["choice true", "latin-1", "csv named parquet", "a folder",
+                                  "missing"])
 def test_exit_code_and_one_line_of_stderr(tmp_path, name):
     file, content, said = BAD_COMPARISONS[name]
     good = write(tmp_path / "posts.jsonl", json_lines(POSTS))

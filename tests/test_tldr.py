@@ -7,6 +7,7 @@ import copy
 import json
 import random
 import runpy
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -17,8 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, tokenization_ut
 
 import tldr
 from engine import rows as engine_rows
-from tldr import (DataError, build_prompt, divide_by_post, encode_prompt, encode_prompts,
-                  load_both_splits, load_comparisons, load_posts, truncate_post, without_posts_of)
+from tldr import (DataError, build_prompt, check_titles, divide_by_post, encode_prompt,
+                  encode_prompts, load_both_splits, load_comparisons, load_posts, truncate_post,
+                  without_posts_of)
 
 
 def comparison(post="My cat took my seat.\nWhat now?", choice=0, split="train", **changes):
@@ -380,6 +382,247 @@ def test_posts(write, capsys):
     assert [row["post"] for row in load_posts(path, "validation")] == ["x"]
 
 
+# ---------------------------------------------------------------------------- other forms of a row
+
+
+def said(role, text):
+    return {"role": role, "content": text}
+
+
+PAPER = build_prompt({"subreddit": "pets", "title": "Seat", "post": "My cat\n\nPOST: took it."})
+SEAT = {"subreddit": "pets", "title": "Seat", "post": "My cat\n\nPOST: took it."}
+HI, ANSWERS = [said("user", "hi")], ([said("assistant", " yes")], [said("assistant", "no")])
+TURNS = [*HI, said("assistant", "yo"), said("user", "ok?")]
+HUMAN = "\n\nHuman: hi\n\nAssistant: yo\n\nHuman: ok?\n\nAssistant:"
+
+
+def pair(before, prompt=None):
+    """A row of chosen and rejected that begin with before, a text or messages."""
+    row = {} if prompt is None else {"prompt": prompt}
+    yes, no = ANSWERS if isinstance(before, list) else (" yes", " no")
+    return {**row, "chosen": before + yes, "rejected": before + no}
+
+
+PAIRS = {  # a row whose better answer is "yes" and whose worse is "no", and its post
+    "trl-lib/tldr-preference": (pair("", PAPER), SEAT),
+    "CarperAI": ({"prompt": "SUBREDDIT: r/pets\nTITLE: Seat\nPOST: My cat\n\nPOST: took it.",
+                  "chosen": "TL;DR: yes", "rejected": "TL;DR: no"}, SEAT),
+    "the prompt in front": (pair(PAPER, PAPER), SEAT),
+    "only in front": (pair(PAPER), SEAT),
+    "no fields": (pair("", "SUBREDDIT: r/\n\nTITLE: \n\nPOST: hi\n\nTL;DR:"), "hi"),
+    "another prompt": (pair("", "Sum up. TITLE: {x}\nPOST: y"), "Sum up. TITLE: {x}\nPOST: y"),
+    "another, with a cue": (pair("", "TITLE: x\n\nTL;DR: y\n\nTL;DR:"), "TITLE: x\n\nTL;DR: y"),
+    "hh-rlhf": (pair(HUMAN), "Human: hi\n\nAssistant: yo\n\nHuman: ok?"),
+    "UltraFeedback": (pair(HI, "hi"), "hi"),
+    "TRL": (pair([], HI), "hi"),
+    "TRL, the paper's": (pair([], [said("user", PAPER)]), SEAT),
+    "TRL, whole": (pair(HI, HI), "hi"),
+    "TRL, no prompt": (pair(HI), "hi"),
+    "turns": (pair(TURNS, "hi"), "user: hi\n\nassistant: yo\n\nuser: ok?"),
+    "a system message": (pair([], [said("system", "Be kind."), *HI]),
+                         "system: Be kind.\n\nuser: hi"),
+    "the turns that follow": (pair(TURNS[1:], "hi"), "hi\n\nassistant: yo\n\nuser: ok?"),
+    "columns": ({"chosen": {"role": ["user", "assistant"], "content": ["hi", "yes"]},
+                 "rejected": {"role": ["user", "assistant"], "content": ["hi", "no"]}}, "hi"),
+    "null prompt": ({**pair(HI), "prompt": None}, "hi"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_chosen_and_rejected(write, capsys, name):
+    row, expected = PAIRS[name]
+    expected = {"subreddit": "", "title": "", "post": expected} if expected != SEAT else SEAT
+    assert load_comparisons(write([row, {**row, "split": "valid1"}])) == [
+        {"post": expected, "chosen": "yes", "rejected": "no", "policies": ["", ""]}]
+    fields = "prompt/chosen/rejected" if row.get("prompt") else "chosen/rejected"
+    form = "in the paper's format" if expected is SEAT or name == "no fields" else (
+        "as the text of a post")
+    assert f"read as {fields}, the prompt {form}: 2 rows\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["\n" * 3_000_000 + "x", "x" * 3_000_000, "\nTL;DR" * 500_000])
+def test_three_megabytes_are_taken_apart_in_one_pass(write, text):
+    """With two repetitions that can share a run of white space this would take hours."""
+    path = write([{"prompt": build_prompt({**SEAT, "post": text}), "completion": "c"},
+                  {"prompt": f"SUBREDDIT: r/\n\nTITLE: {text}", "completion": "c"}])
+    assert [row["post"] for row in load_posts(path)] == [
+        text.strip(), f"SUBREDDIT: r/\n\nTITLE: {text}"]
+
+
+@pytest.mark.parametrize("newlines", [1, 2])
+@pytest.mark.parametrize("fields", [
+    {"subreddit": "pets", "title": "T", "post": "a\n\nb"}, {"post": "a"}, SEAT,
+    {"subreddit": "", "title": "POST: or TITLE: that", "post": "TL;DR: no\nTITLE: x"}])
+def test_a_prompt_is_taken_apart_as_it_was_put_together(write, fields, newlines):
+    gap = "\n" * newlines
+    prompt = build_prompt(fields, gap)
+    (loaded,) = load_posts(write([{"prompt": prompt, "completion": " c"}]))
+    assert build_prompt(loaded, gap) == prompt and loaded["summary"] == "c"
+    assert loaded == {"subreddit": "", "title": "", **fields, "summary": "c"}
+
+
+@pytest.mark.parametrize("row, expected", [
+    ({"prompt": PAPER, "completion": " Cat."}, SEAT),                             # trl-lib/tldr
+    ({"prompt": build_prompt(SEAT, "\n"), "label": "Cat."}, SEAT),               # CarperAI
+    ({"prompt": HI, "completion": [said("assistant", "Cat.")]}, {"post": "hi"}),  # TRL's messages
+    ({"prompt": "hi", "completion": "Cat.", "split": "train"}, {"post": "hi"}),
+])
+def test_prompt_and_completion(write, capsys, row, expected):
+    assert load_posts(write([row])) == [
+        {"subreddit": "", "title": "", **expected, "summary": "Cat."}]
+    assert "/label, " in capsys.readouterr().out if "label" in row else True
+
+
+def test_our_own_form_counts_before_another(write, capsys):
+    more = {"prompt": "a", "completion": "b", "label": "c", "chosen": "d", "rejected": "e"}
+    assert load_posts(write([{**post(), **more}])) == load_posts(write([post()]))
+    assert load_comparisons(write([{**comparison(), **more}])) == (
+        load_comparisons(write([comparison()])))
+    assert "read as" not in capsys.readouterr().out
+
+
+def test_a_form_is_read_from_a_table_too(write):
+    assert load_comparisons(write("prompt;chosen;rejected\nhi;yes;no\n", "rows.csv")) == [
+        {"post": {"subreddit": "", "title": "", "post": "hi"}, "chosen": "yes", "rejected": "no",
+         "policies": ["", ""]}]
+
+
+@pytest.mark.parametrize("row, fragment", [
+    ({"chosen": "yes", "rejected": "no"}, "prompt: expected text, or messages, got None"),
+    ({"prompt": 3, "chosen": "yes", "rejected": "no"}, "prompt: expected text, or messages"),
+    ({"prompt": [], "chosen": "yes", "rejected": "no"}, "prompt: expected text, or messages"),
+    ({"prompt": "hi", "chosen": "yes"}, "rejected: expected text, or messages"),
+    ({"prompt": "hi", "chosen": None, "rejected": "no"}, "chosen: expected text, or messages"),
+    ({"prompt": "hi", "chosen": ["yes"], "rejected": ["no"]}, "chosen: expected text, or messages"),
+    ({"prompt": "hi", "chosen": "a\ud83d", "rejected": "no"},
+     r"chosen: expected text, got 'a\ud83d'"),
+    (pair([], [{"from": "human", "value": "hi"}]), "prompt[0].role: expected text, got None"),
+    (pair([], [said("user", [{"type": "text", "text": "hi"}])]),
+     "prompt[0].content: expected text"),
+    ({**pair(HI), "rejected": HI}, "rejected: expected messages that end with the assistant's, got "
+                                   "'user'"),
+    ({**pair(HI), "chosen": [*HI, said("gpt", "yes")]}, "chosen: expected messages that end with"),
+    ({"prompt": "hi", "completion": "yes"}, "info: expected an object"),  # the other kind of file
+    ({"system": "a", "question": "hi"}, "info: expected an object"),
+])
+def test_bad_pairs(write, row, fragment):
+    path = write([pair("", PAPER), row])
+    assert message(load_comparisons, path).startswith(f"{path}: row 2, {fragment}")
+
+
+@pytest.mark.parametrize("row, fragment", [
+    ({"prompt": "hi", "completion": "c", "label": False}, "label: expected none beside a "),  # KTO
+    ({"prompt": "hi", "completion": None}, "completion: expected text, or messages"),
+    ({"prompt": "hi", "label": 1}, "label: expected text, or messages"),
+    ({"prompt": "hi", "response": "yes"}, "post: expected text, got None"),
+    (pair("", PAPER), "post: expected text, got None"),  # the other kind of file
+])
+def test_bad_completions(write, row, fragment):
+    path = write([{"prompt": PAPER, "completion": "yes"}, row])
+    assert message(load_posts, path).startswith(f"{path}: row 2, {fragment}")
+
+
+def test_missing_fields_say_which_there_are(write):
+    for load in (load_posts, load_comparisons):
+        assert "; fields: 'Post, Text'); correct" in message(load, write([{"Post": 1, "Text": 2}]))
+    assert "; fields" not in message(load_posts, write([post(3)]))
+
+
+def test_what_is_left_out_of_other_forms_is_counted(write, capsys):
+    other = HUMAN.replace("yo", "hey")
+    path = write([pair("", "hi"), {"chosen": HUMAN + "yes", "rejected": other + "no"},
+                  {"prompt": "hi", "chosen": "a ", "rejected": "a"}, pair("", " \n"),
+                  {"prompt": "hi", "chosen": "a", "rejected": " "},
+                  {"chosen": HUMAN + "yes", "rejected": HUMAN}, comparison(), comparison(choice=1)])
+    assert len(load_comparisons(path)) == 3
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith(
+        "read as prompt/chosen/rejected, the prompt as the text of a post: 4 rows; "
+        "chosen/rejected, the prompt as the text of a post: 2 rows; our own form: 2 rows")
+    assert said[1].endswith(
+        "3 of 8 rows used; left out: 1 conversations that differ before the last answer, "
+        "1 identical summaries, 1 empty post text, 2 empty summary")
+
+
+@pytest.mark.parametrize("texts", [(" ", "a"), ("a", "\n"), ("", "")])
+def test_empty_summaries_are_left_out(write, capsys, texts):
+    load_comparisons(write([comparison(summaries=summaries(*texts)), comparison()]))
+    assert "1 of 2 rows used; left out: 1 empty summary\n" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- names of splits
+
+
+@pytest.mark.parametrize("names, train, validation", [
+    (("Train", "Test"), "Train", ""),
+    (("train_prefs", "test_prefs"), "train_prefs", ""),
+    (("train-00", "dev"), "train-00", "dev"),
+    (("train", "val", "eval", "valid1", "VALIDATION", "testing"), "train",
+     "val eval valid1 VALIDATION"),
+    (("train_sft", "train_prefs", "train_gen", "valid_sft", "valid_prefs"), "train_{}", "valid_{}"),
+])
+def test_names_of_splits(write, names, train, validation):
+    rows = [(load_posts, "sft", [post(name, split=name) for name in names]),
+            (load_comparisons, "prefs", [comparison(name, split=name) for name in names])]
+    for load, kind, rows in rows:
+        for split, expected in (("train", train), ("validation", validation)):
+            found = [row["post"] for row in load(write(rows), split)]
+            found = [each["post"] if isinstance(each, dict) else each for each in found]
+            assert found == expected.format(kind).split()
+
+
+def test_a_split_of_another_kind_is_counted_and_no_error(write, capsys):
+    rows = [post("a", split="train_sft"), {"prompt": "b", "split": "train_gen"}]
+    assert len(load_posts(write(rows))) == 1
+    assert "left out: 1 in a split of another kind" in capsys.readouterr().out
+
+
+def test_a_row_that_names_no_split_is_not_lost_among_named_ones(write):
+    text = json.dumps(post(split="train_sft")) + "\n{\n" + json.dumps(post(split="test_sft"))
+    for load in (load_posts, load_comparisons):
+        assert "row 2, whole row: expected JSON" in message(load, write(text))
+
+
+@pytest.mark.parametrize("load", [load_posts, partial(load_both_splits, load_posts, seed=0)])
+@pytest.mark.parametrize("names, said", [
+    (["train_a", "train_b"], "expected one split to train on, got ['train_a', 'train_b']"),
+    (["gold\n1", "test"], "expected a split named train or validation, got ['gold\\n1', 'test']"),
+])
+def test_splits_that_are_not_to_be_guessed_are_named(write, load, names, said):
+    assert said in message(load, source=write([post(name, split=name) for name in names]))
+
+
+# ---------------------------------------------------------------------------- titles
+
+
+@pytest.mark.parametrize("form", ["posts", "comparisons", "prompt"])
+def test_a_title_that_does_not_fit_is_named_with_its_row(write, tokenizer, form):
+    title, good = 'very "long"\ttitl\u00e9 ' * 100, comparison()["info"]
+    rows = {"posts": [post(), post(title=title)], "prompt": [
+        {"prompt": build_prompt(info), "completion": "c"}
+        for info in (good, {**good, "title": title})],
+        "comparisons": [comparison(), changed(title=title)]}[form]
+    load = load_comparisons if form == "comparisons" else load_posts
+    path = write(rows)
+    posts = [row["post"] if form == "comparisons" else row for row in load(path)]
+    found = message(check_titles, posts, path, tokenizer, 512)
+    assert found.startswith(f"{path}: row 2, query_length 512 is too small: title and cue of the")
+    check_titles(posts[:1], path, tokenizer, 512)
+    check_titles(posts, path, tokenizer, 4000)
+
+
+@pytest.mark.parametrize("newlines", [1, 2])
+def test_titles_are_checked_to_the_token(tokenizer, newlines):
+    rows = [{"subreddit": "pets", "title": f"the cat sat {'x' * n}", "post": "p" * 500}
+            for n in range(30)]
+    for row in rows:
+        length = len(tokenizer(build_prompt({**row, "post": ""}, "\n" * newlines))["input_ids"])
+        check_titles([row], "rows.jsonl", tokenizer, length, newlines)
+        with pytest.raises(DataError), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tldr, "find_row", lambda source, title: "row 1")
+            check_titles([row], "rows.jsonl", tokenizer, length - 1, newlines)
+
+
 # ---------------------------------------------------------------------------- file formats
 
 
@@ -449,8 +692,11 @@ def test_csv_keeps_every_cell_a_text(write):
 @pytest.mark.parametrize("text, fragment", [
     ("subreddit,title,post,summary\na,b,\"c\nd\",e\n\na,b,c\n", "row 5, summary: expected text"),
     ("subreddit,title,post,summary\na,b,\"c\nd\",e, and f\n", "row 2, whole row: expected a value"),
-    ("subreddit;title;post;summary\na;b;c;d\n", "row 2, post: expected text, got None"),
+    ("text;summary\na;b\n", "row 2, post: expected text, got None"),
+    ("text;summary\na;b\n", "; fields: 'text, summary'); correct"),
     ("subreddit,title,post\na,b,c\n", "row 2, summary: expected text, got None"),
+    ("post;summary,title\na;b,c\n", "'post;summary,title' has ',' and ';': divide by only one"),
+    ("Post,post,summary\na,b,c\n", "'Post,post,summary' has two columns of one name"),
     ("subreddit,title,post,summary\na,b,c,\"d\n", "unexpected end of data"),
     ("subreddit,title,post,summary\n", "0 of 0 rows"),
     ("", "0 of 0 rows"),
@@ -460,9 +706,46 @@ def test_bad_csv(write, text, fragment):
     assert "posts.csv" in found and fragment in found
 
 
-def test_csv_cannot_hold_comparisons(write):
-    found = message(load_comparisons, write("info,choice\n", "rows.csv"))
-    assert "rows.csv" in found and ".jsonl or .parquet" in found
+CELLS = [["Title", "post", " SUMMARY "], ["caf\u00e9; or, bar", 'a\n"b"; c,\td', "short"],
+         ["", "e", "f"]]
+
+
+def table(mark):
+    return "".join(mark.join('"' + cell.replace('"', '""') + '"' for cell in row) + "\r\n"
+                   for row in CELLS)
+
+
+@pytest.mark.parametrize("content", [
+    table(",").encode(), table(";").encode("utf-8-sig"), table("|").encode(),
+    ("sep=;\r\n" + table(";")).encode("utf-8-sig"), table("\t").encode("utf-16"),
+    table("\t").encode(), table(";").replace("\r\n", "\r").encode(),
+    (table(";").replace("\r\n", ";;\r\n") + ";;;;\r\n").encode(),  # columns and a row without text
+], ids=["commas", "semicolons", "bars", "sep", "unicode text", "tabs", "old Mac", "empty cells"])
+def test_tables_as_excel_saves_them(write, content):
+    assert load_posts(write(content, "posts.csv")) == [
+        {"subreddit": "", "title": "caf\u00e9; or, bar", "post": 'a\n"b"; c,\td',
+         "summary": "short"},
+        {"subreddit": "", "title": "", "post": "e", "summary": "f"}]
+
+
+def test_a_line_that_names_the_delimiter_moves_no_row(write):
+    assert "row 3, summary: expected text" in message(
+        load_posts, write("sep=;\npost;summary\na\n", "posts.csv"))
+
+
+def test_a_mark_inside_quotes_divides_no_header(write):
+    text = 'post;summary;"note, or ""why"""\na, b;c;d\n'
+    assert load_posts(write(text, "posts.csv"))[0]["post"] == "a, b"
+
+
+def test_a_cell_of_any_length(write):
+    long = "seat " * 100_000
+    assert load_posts(write(f"post,summary\n{long},b\n", "p.csv"))[0]["post"] == long.strip()
+
+
+def test_what_a_table_cannot_hold(write):
+    assert "row 2, info: expected an object with post, title and subreddit, got '1'" in message(
+        load_comparisons, write("info,choice\n1,1\n", "rows.csv"))
 
 
 # ---------------------------------------------------------------------------- bad rows
@@ -592,11 +875,20 @@ def test_no_usable_row(write, content, fragment):
     assert "expected at least one usable row" in found and fragment in found
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
-def test_wrong_encoding(write, encoding, name):
-    text = json.dumps(post("é"), ensure_ascii=False)
-    assert "expected UTF-8" in message(load_posts, write(text.encode(encoding), name))
+def test_wrong_encoding_names_its_line(write, mark, name):
+    data = mark + b"post,summary\na,b\n\xe9,d\n"
+    assert "expected UTF-8 .csv: line 3 has the byte 0xe9" in message(
+        load_posts, write(data, name)).replace(".jsonl:", ".csv:")
+
+
+def test_utf_16_is_read_where_a_mark_says_so(write):
+    text = json.dumps(post("é"), ensure_ascii=False) + "\r\n"
+    for encoding in ("utf-16", "utf-8-sig"):
+        assert load_posts(write(text.encode(encoding)))[0]["post"] == "é"
+    message(load_posts, write(text.encode("utf-16-le")))
+    message(load_posts, write(text.encode("utf-16")[:-1]))
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json", "none.csv", "none.parquet", "none.txt",
