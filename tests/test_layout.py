@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 TOP, ENGINE = sorted(ROOT.glob("*.py")), sorted(ROOT.glob("engine/*.py"))
 # a file may import those of later rooms, and of its own
-ROOMS = [["rlhf_minimal"], ["ppo", "reward", "sft", "judge"], ["lm", "tldr", "toy"], ["engine"]]
+ROOMS = [["rlhf_minimal", "contrast"], ["ppo", "reward", "sft", "judge"], ["lm", "tldr", "toy"], ["engine"]]
 TAUGHT = ["sft", "reward", "ppo", "judge", "lm"]
 
 
