@@ -6,6 +6,7 @@ the paper's value in the help text. `parse` puts all of them on one command line
 
 import argparse
 import math
+import os
 from dataclasses import dataclass
 
 from transformers import HfArgumentParser
@@ -98,9 +99,10 @@ FAST = {  # --fast_dev_run: so few of everything that only the code is tested
     "ppo_batch_size": 16, "ppo_epochs": 2, "judge_every": 1, "judge_during": 8, "judge_posts": 16,
     "best_of_n": 4, "response_length": 16, "reward_batch_size": 8}
 
+INT64 = 2**63 - 1  # the largest integer of a tensor
 # (smallest, largest) of the settings that are numbers; whatever is not in here must be more than 0
 RANGES = {
-    "seed": (0, 2**63 - 1), "save_seconds": (0, math.inf),
+    "seed": (0, INT64), "save_seconds": (0, math.inf),
     "lora_rank": (0, math.inf), "micro_batch_size": (0, math.inf),
     "rollout_batch_size": (0, math.inf), "judge_every": (0, math.inf), "max_posts": (0, math.inf),
     "sft_lr": (0, math.inf), "reward_lr": (0, math.inf), "ppo_lr": (0, math.inf),
@@ -160,6 +162,9 @@ def parse(arguments, configs):
     if settings.fast_dev_run:
         parser.set_defaults(**FAST)
     settings = parser.parse_args(arguments)
+    for name, value in vars(settings).items():
+        if isinstance(value, str):  # a shell leaves the ~ of --output_dir=~/x alone
+            setattr(settings, name, os.path.expanduser(value))
     check_ranges(settings)
     if settings.resume and settings.restart:
         refuse("--resume and --restart: expected one of them")
