@@ -44,7 +44,7 @@ from engine.models import causal_config, from_hub, go_offline_unless_reachable
 from engine.models import load_for_training, load_language_model
 from engine.processes import agreed, n_processes, rank, start_processes
 from engine.report import one_line, report
-from engine.settings import SettingError, parse
+from engine.settings import JUDGES, SettingError, parse
 from judge import JudgeConfig, agreements, best_of_n, best_of_n_kl, compare_summaries, judge_during
 from judge import judge_the_judge, judged, load_judge, mean_words, measure_reward_model
 from judge import quality_judge, reward_model_judge, wilson_interval
@@ -95,9 +95,6 @@ def run_all(settings):
 
 
 # ---------------------------------------------------------------------------- what is there already
-
-JUDGES = ("labeler", "longest", "reward_model")  # any other name of a judge is a model's
-
 
 def prepare_run(settings):
     """The run's folder, its data, and what is given, before anything is trained: they may not be
@@ -463,15 +460,18 @@ def main(arguments=()):
     logging.disable_progress_bar()
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="replace")  # a terminal without a heart prints ? for one
-    settings = None
+    settings = made = None
     try:
         settings = parse_settings(arguments)
         if settings.summarize:
             return summarize(settings)
         if not settings.output_dir:
-            settings.output_dir = choose_folder(settings.preset, settings.resume)
+            settings.output_dir = made = choose_folder(settings.preset, settings.resume)
         return run_all(settings)
     except (SettingError, DataError) as error:
+        if made:
+            with suppress(OSError):  # a folder that we have chosen, and that is no longer empty
+                Path(made).rmdir()
         sys.exit(f"rlhf_minimal: {error}")
     except (OSError, SafetensorError) as error:  # a full or read-only disk, say
         sys.exit(f"rlhf_minimal: {error}. What was saved before stays; when that is mended, go on "

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from engine.checkpoints import flatten, put_back
 from engine.processes import agreed, gather, n_processes, rank
-from engine.settings import SettingError
+from engine.settings import JUDGES, SettingError
 
 
 RARELY = 20  # where saving or copying the state takes over a second, one second in so many
@@ -42,6 +42,8 @@ OURS = ("report.md", "results.json", "metrics.jsonl", "samples.jsonl", "curves.p
         "reward_model", "policy", "critic", "checkpoints", PARTIAL)
 # ours at the top level: where pip has put them, the modules of other packages lie beside them
 MODULES = ("rlhf_minimal", "sft", "reward", "ppo", "judge", "lm", "tldr", "toy")
+# settings that name files, or repositories of the hub
+SOURCES = ("comparisons", "posts", "base_model", "sft_model", "reward_model", "tokenizer", "judge")
 HANGUP = getattr(signal, "SIGHUP", None)  # a terminal that was closed; Windows has none
 MAY_DIFFER = {"resume", "restart", "output_dir", "save_seconds", "files", "from_hub", "environment"}
 
@@ -63,8 +65,8 @@ def describe(settings):
     top = root.glob("*.py") if cloned else [root / f"{name}.py" for name in MODULES]
     sources = sorted([*top, *root.glob("engine/*.py")])
     files = {path.relative_to(root).as_posix(): path for path in sources}
-    files |= {value: Path(value) for key, value in settings.items()
-              if isinstance(value, str) and key != "output_dir" and Path(value).exists()}
+    given = filter(None, map(settings.get, SOURCES))
+    files |= {name: Path(name) for name in given if name not in JUDGES and Path(name).exists()}
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=root, capture_output=True)
     return {**settings, "processes": n_processes(),
             "files": {name: digest(path) for name, path in files.items()},
@@ -79,8 +81,8 @@ def describe_hub(config, data):
     of a model as the cache has it, and a digest of the rows (posts, held out, comparisons, held
     out), which `datasets` may have from its own cache."""
     rows, found = {config["posts"]: data[:2], config["comparisons"]: data[2:]}, {}
-    for name in config.values():
-        if not isinstance(name, str) or Path(name).exists():
+    for name in filter(None, map(config.get, SOURCES)):
+        if name in JUDGES or Path(name).exists():
             continue
         commit = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", "main")
         if name in rows:
@@ -153,7 +155,8 @@ def say(text):
     """Print beside a progress bar. Nothing else is lost where nobody reads any more: at Ctrl-C
     `| tee` ends before us."""
     with suppress(OSError):
-        tqdm.write(text, file=sys.stderr)
+        if rank() == 0:
+            tqdm.write(text, file=sys.stderr)
 
 
 class Run:
@@ -184,7 +187,8 @@ class Run:
             raise SettingError(f"--output_dir {folder}: cannot write there ({error.strerror}), "
                                "choose another folder") from None
         # again, now that nobody else writes there
-        print(*check_folder(folder, config, restart, resume), sep="\n", end="")
+        for note in check_folder(folder, config, restart, resume):
+            print(note)
         for name in OURS if restart else ():
             self.remove(name)
         if restart or not (self.folder / "config.json").exists():

@@ -64,10 +64,12 @@ def share_out(function, judge, *lists):
     with agreed():
         try:
             own = function(judge, *(rows[rank() :: n_processes()] for rows in lists))
+        except SettingError:
+            raise
         except Exception as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise SettingError(f"--judge: it failed with {text}; what was trained is saved, when "
-                               "that is mended go on with --resume") from error
+            raise SettingError(f"--judge: it failed with {text}; what was saved before "
+                               "stays, when that is mended go on with --resume") from error
     everybody = [own]
     if n_processes() > 1:
         everybody = [None] * n_processes()

@@ -60,6 +60,7 @@ class ModelConfig:
     checkpoint_activations: bool = HfArg(default=False, help="less memory, a third more compute")
 
 
+JUDGES = ("labeler", "longest", "reward_model")  # any other name of a judge is a model's
 TLDR = {  # the paper's data (3.2, 3.3) as the hub has it
     "comparisons": "openai/summarize_from_feedback",
     "posts": "vwxyzjn/summarize_from_feedback_tldr_3_filtered",
@@ -117,6 +118,8 @@ def check_ranges(settings):
             continue
         low, high = RANGES.get(name, (0, math.inf))
         inside = low <= value <= high if name in RANGES else value > 0
+        if inside and value > INT64 and type(value) is int:
+            refuse(f"--{name} {str(value)[:40]}: expected at most {INT64}")
         if not inside or abs(value) == math.inf:  # isinf refuses huge integers
             expected = "more than 0" if name not in RANGES else "a number" if low < 0 else (
                 "0 or more" if math.isinf(high) else f"0 to {high}")
