@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, logging
 import toy
 from engine.adapters import add_adapter, checkpoint_activations
 from engine.batches import generator_for, posts_per_update
+from engine.checkpoints import is_finished
 from engine.devices import available_memory, mixed_precision, peak_memory_bytes, pick_device
 from engine.devices import pick_dtype
 from engine.folder import Run, check_folder, choose_folder, describe, describe_hub
@@ -107,7 +108,7 @@ def prepare_run(settings):
         posts_per_update(settings)
         if rank() == 0:
             check_folder(folder, config, *flags)
-    if settings.resume and Path(folder, "report.md").exists():
+    if settings.resume and is_finished(folder):
         shutil.rmtree(Path(folder, "checkpoints"), ignore_errors=True)  # a kill may have left them
         print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
         return None
@@ -469,15 +470,15 @@ def main(arguments=()):
             settings.output_dir = made = choose_folder(settings.preset, settings.resume)
         return run_all(settings)
     except (SettingError, DataError) as error:
-        if made:
-            with suppress(OSError):  # a folder that we have chosen, and that is no longer empty
+        if made:  # a folder that we have chosen goes, unless it has something in it
+            with suppress(OSError):
                 Path(made).rmdir()
         sys.exit(f"rlhf_minimal: {error}")
     except (OSError, SafetensorError) as error:  # a full or read-only disk, say
         sys.exit(f"rlhf_minimal: {error}. What was saved before stays; when that is mended, go on "
                  f"with: {command_to_resume(arguments, settings)}")
     except KeyboardInterrupt:
-        with suppress(OSError):  # nobody may read any more
+        with suppress(OSError):  # at Ctrl-C `| tee` ends before us
             print("rlhf_minimal: stopped. Go on from what is saved with: "
                   f"{command_to_resume(arguments, settings)}", file=sys.stderr)
         sys.exit(130)

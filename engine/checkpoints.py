@@ -1,6 +1,9 @@
-"""What a checkpoint holds: the tensors that training changes, by name."""
+"""What a checkpoint holds, by name, and whether what a run left is whole."""
+
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from engine.adapters import trainable_named
 from engine.settings import SettingError
@@ -30,17 +33,14 @@ def put_back(parts, tensors):
         if isinstance(part, torch.nn.Module):
             expected |= {f"{name}/{key}": p.shape for key, p in trainable_named(part)}
             continue
-        parameters = (p for group in part.param_groups for p in group["params"])
-        for i, p in enumerate(parameters):
+        for i, p in enumerate(p for group in part.param_groups for p in group["params"]):
             if f"{name}/{i}/step" in tensors:  # Adam has no averages before its first step
-                shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-                expected |= {f"{name}/{i}/{key}": shape for key, shape in shapes.items()}
-    found = {key: tensor.shape for key, tensor in tensors.items()}
-    if found != expected:
-        wrong = min(key for key in found.keys() | expected.keys()
-                    if found.get(key) != expected.get(key))
-        raise SettingError(f"a checkpoint has other weights than this program ({wrong}): begin "
-                           "anew with --restart")
+                for key, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape)):
+                    expected[f"{name}/{i}/{key}"] = shape
+    wrong = {key: tensor.shape for key, tensor in tensors.items()}.items() ^ expected.items()
+    if wrong:
+        raise SettingError("a checkpoint has other weights than this program "
+                           f"({min(wrong)[0]}): begin anew with --restart")
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
             for key, p in trainable_named(part):
@@ -51,3 +51,22 @@ def put_back(parts, tensors):
             _, i, average = key.split("/")
             states.setdefault(int(i), {})[average] = tensors[key]
         part.load_state_dict({**part.state_dict(), "state": states})
+
+
+def is_finished(folder):
+    """Whether a run has all of its results; SettingError where a model was damaged since."""
+    results, report, checkpoints = (Path(folder, name).exists() for name in (
+        "results.json", "report.md", "checkpoints"))
+    if not results or checkpoints and not report:  # that is the order in which they come and go
+        return False
+    for name in ("sft", "reward_model", "policy", "critic"):
+        try:
+            files = [*Path(folder, name).glob("*.safetensors")]
+            for file in files:
+                safe_open(file, "pt")  # compares the length of a file with its header
+        except (OSError, SafetensorError):
+            files = None
+        if not files:
+            raise SettingError(f"--output_dir {folder}: finished, but {name}/ was damaged since, "
+                               "and no checkpoint is left: begin anew with --restart")
+    return True

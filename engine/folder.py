@@ -38,7 +38,7 @@ RARELY = 20  # where saving or copying the state takes over a second, one second
 PARTIAL, LOCK = ".rlhf_minimal_partial", ".rlhf_minimal_lock"
 # what --restart removes. What makes a run count as finished goes first; config.json, which says
 # that the rest is ours, is written over at the end: cut short, --restart can begin again
-OURS = ("report.md", "results.json", "metrics.jsonl", "samples.jsonl", "curves.png", "sft",
+OURS = ("results.json", "report.md", "metrics.jsonl", "samples.jsonl", "curves.png", "sft",
         "reward_model", "policy", "critic", "checkpoints", PARTIAL)
 # ours at the top level: where pip has put them, the modules of other packages lie beside them
 MODULES = ("rlhf_minimal", "sft", "reward", "ppo", "judge", "lm", "tldr", "toy")
@@ -96,15 +96,13 @@ def check_folder(folder, config, restart=False, resume=False):
     """Raise SettingError for a folder that may not be written to, or a run to resume that was begun
     with other settings or files. Changes nothing; returns what is to be said about versions."""
     name, folder = f"--output_dir {folder}", Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise SettingError(f"{name}: expected a folder, found a file")
     try:
         found = {*os.listdir(folder)} - {LOCK, PARTIAL}
     except FileNotFoundError:
         return []
-    except OSError as error:  # it may be written to, and still hold files of others
-        raise SettingError(f"{name}: cannot list it ({error.strerror}), choose another folder"
-                           ) from None
+    except OSError:  # it may be written to, and still hold files of others
+        raise SettingError(f"{name}: expected a folder, found a file or a folder that may not be "
+                           "listed; choose another one") from None
     if not found:
         return []
     try:

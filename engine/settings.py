@@ -100,10 +100,10 @@ FAST = {  # --fast_dev_run: so few of everything that only the code is tested
     "ppo_batch_size": 16, "ppo_epochs": 2, "judge_every": 1, "judge_during": 8, "judge_posts": 16,
     "best_of_n": 4, "response_length": 16, "reward_batch_size": 8}
 
-INT64 = 2**63 - 1  # the largest integer of a tensor
+LARGEST = 2**31 - 1  # of counts: more would only be found by a full memory
 # (smallest, largest) of the settings that are numbers; whatever is not in here must be more than 0
 RANGES = {
-    "seed": (0, INT64), "save_seconds": (0, math.inf),
+    "seed": (0, 2**63 - 1), "save_seconds": (0, math.inf),
     "lora_rank": (0, math.inf), "micro_batch_size": (0, math.inf),
     "rollout_batch_size": (0, math.inf), "judge_every": (0, math.inf), "max_posts": (0, math.inf),
     "sft_lr": (0, math.inf), "reward_lr": (0, math.inf), "ppo_lr": (0, math.inf),
@@ -118,8 +118,8 @@ def check_ranges(settings):
             continue
         low, high = RANGES.get(name, (0, math.inf))
         inside = low <= value <= high if name in RANGES else value > 0
-        if inside and value > INT64 and type(value) is int:
-            refuse(f"--{name} {str(value)[:40]}: expected at most {INT64}")
+        if inside and high == math.inf and value > LARGEST and type(value) is int:
+            refuse(f"--{name} {str(value)[:40]}: expected at most {LARGEST}")
         if not inside or abs(value) == math.inf:  # isinf refuses huge integers
             expected = "more than 0" if name not in RANGES else "a number" if low < 0 else (
                 "0 or more" if math.isinf(high) else f"0 to {high}")
