@@ -296,6 +296,14 @@ def test_other_peoples_files_stay(name, content, flags, tmp_path):
     assert (tmp_path / name).read_text() == content
 
 
+@pytest.mark.parametrize("name", [".partial", ".lock", ".git"])
+def test_a_folder_with_one_hidden_file_is_not_empty(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SettingError, match="holds other files"):
+        new_run(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
 @pytest.mark.parametrize("change, message", [
     ({"kl_beta": 0.1}, "kl_beta was 0.05 and is now 0.1"),
     ({"files": {"ppo.py": "b2"}}, "ppo.py was a1 and is now b2"),
