@@ -108,6 +108,7 @@ RANGES = {
     "rollout_batch_size": (0, math.inf), "judge_every": (0, math.inf), "max_posts": (0, math.inf),
     "sft_lr": (0, math.inf), "reward_lr": (0, math.inf), "ppo_lr": (0, math.inf),
     "kl_beta": (0, math.inf), "value_weight": (0, math.inf),
+    "temperature": (0.001, 1000),  # beyond, logits overflow or sampling no longer reads them
     "gamma": (0, 1), "lam": (0, 1), "missing_eos": (-math.inf, math.inf)}
 
 
@@ -122,7 +123,7 @@ def check_ranges(settings):
             refuse(f"--{name} {str(value)[:40]}: expected at most {LARGEST}")
         if not inside or abs(value) == math.inf:  # isinf refuses huge integers
             expected = "more than 0" if name not in RANGES else "a number" if low < 0 else (
-                "0 or more" if math.isinf(high) else f"0 to {high}")
+                "0 or more" if math.isinf(high) else f"{low} to {high}")
             refuse(f"--{name} {value}: expected {expected}")
 
 
