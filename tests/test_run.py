@@ -476,7 +476,8 @@ def finished_run(folder):
 @pytest.mark.parametrize("left, expected", [
     ({"results.json", "report.md", "checkpoints"}, True), ({"results.json", "report.md"}, True),
     ({"results.json"}, True),  # somebody threw the report away: no reason to train again
-    ({"results.json", "checkpoints"}, False), ({"report.md", "checkpoints"}, False), (set(), False)])
+    ({"results.json", "checkpoints"}, False), ({"report.md", "checkpoints"}, False),
+    (set(), False)])
 def test_a_run_is_finished_when_its_report_is_there(left, expected, tmp_path):
     finished_run(tmp_path)
     (tmp_path / "checkpoints").mkdir()
