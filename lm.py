@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from engine.architectures import CACHE, shares_post
+from engine.architectures import shares_post
 from engine.batches import check_finite, pack, unpack
 from engine.texts import end_ids, ids_after
 
@@ -228,9 +228,8 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
     for t in range(max_new_tokens):
         # The first turn reads the post; every other one reads the token that was just drawn, and
         # finds keys and values of all earlier ones in the cache.
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids,
-                  CACHE: cache}
-        logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, cache=cache,
+                       use_cache=True, logits_to_keep=1).logits[:, -1]
         # logits: (rows still being written, V)
         if t == 0 and k > 1:  # the post is computed once, its cache shared out
             logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)

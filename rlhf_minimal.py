@@ -13,10 +13,16 @@ people (`toy.py`); and one round of the loop, where OpenAI trained four reward m
 comparisons each time (C.6), with the newest policy's summaries among them (3.1).
 """
 
+import os
+import sys
+
+if __name__ == "__main__":  # python -m would import an lm.py of the current folder in place of ours
+    sys.path[0] = os.path.dirname(os.path.abspath(__file__))
+
 import json
 import shlex
 import shutil
-import sys
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -30,16 +36,17 @@ from transformers import AutoTokenizer, logging
 import toy
 from engine.adapters import add_adapter, checkpoint_activations
 from engine.batches import generator_for, posts_per_update
+from engine.checkpoints import is_finished
 from engine.devices import available_memory, mixed_precision, peak_memory_bytes, pick_device
 from engine.devices import pick_dtype
-from engine.folder import Run, check_folder, choose_folder, describe, recorded
+from engine.folder import Run, check_folder, choose_folder, describe, describe_hub, recorded
 from engine.memory import check_memory, memory_plan, peak_of
 from engine.models import causal_config, from_hub, go_offline_unless_reachable
 from engine.models import load_for_training, load_language_model
-from engine.processes import agreed, rank, start_processes
+from engine.processes import agreed, n_processes, rank, start_processes
 from engine.report import one_line, report
 from engine.rows import read_text
-from engine.settings import SettingError, check_ranges, parse
+from engine.settings import JUDGES, SettingError, check_ranges, parse
 from judge import JudgeConfig, agreements, best_of_n, best_of_n_kl, compare_summaries, judge_during
 from judge import judge_the_judge, judged, load_judge, mean_words, measure_reward_model
 from judge import quality_judge, reward_model_judge, wilson_interval
@@ -91,9 +98,6 @@ def run_all(settings):
 
 # ---------------------------------------------------------------------------- what is there already
 
-JUDGES = ("labeler", "longest", "reward_model")  # any other name of a judge is a model's
-
-
 def prepare_run(settings):
     """The run's folder, its data, and what is given, before anything is trained: they may not be
     there, or too large for this machine. None for a run that is finished."""
@@ -107,7 +111,7 @@ def prepare_run(settings):
         posts_per_update(settings)
         if rank() == 0:
             check_folder(folder, config, *flags)
-    if settings.resume and Path(folder, "results.json").exists():
+    if settings.resume and is_finished(folder):
         shutil.rmtree(Path(folder, "checkpoints"), ignore_errors=True)  # a kill may have left them
         print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
         return None
@@ -118,6 +122,7 @@ def prepare_run(settings):
         if settings.posts:
             tokenizer, _ = model or make_tiny_model(data[0], settings, device)
             check_all_titles(settings, data, tokenizer)
+        config["from_hub"] = describe_hub(config, data)
         run = Run(folder, config, *flags, settings.save_seconds, device, dtype)
     return run, data, judge, model, reward_model
 
@@ -419,8 +424,8 @@ def judge_summaries(run, settings, held_out, tokenizer, policy, reward_model, as
                         "judge": rates["ppo_vs_sft"]["judge"]})
     run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
     if rank() == 0:
+        run.write("results.json", results)  # before anything is drawn or printed, which may fail
         report(run, results, samples, agreements(results))
-        run.write("results.json", results)  # last: it marks the run as finished
         run.remove("checkpoints")
     return results
 
@@ -469,29 +474,50 @@ def summarize(settings):
         print(f"{name:>6} (reward {reward:+.2f}): {one_line(texts[0])}")
 
 
-def main(arguments=None):
+def command_to_resume(arguments, settings):
+    """The command that goes on with a run that was begun with these arguments."""
+    words, left_out = [], False
+    for word in arguments:
+        flag = word.split("=")[0] in ("--resume", "--restart")
+        left_out = flag or left_out and not word.startswith("-")  # the true of --restart true, too
+        words += [] if left_out else [word]
+    if settings and settings.output_dir not in (None, *words):
+        words += ["--output_dir", settings.output_dir]
+    here = Path(__file__).resolve().parent == Path.cwd()
+    script = Path(__file__).name if here else str(Path(__file__).resolve())
+    n = n_processes()
+    start = ["python"] if n == 1 else ["torchrun", "--nproc_per_node", str(n)]
+    return shlex.join([*start, script, *words, "--resume"])
+
+
+def main(arguments=()):
+    """Run the command line `arguments`; from a notebook, main([]) is a default run."""
     logging.set_verbosity_error()  # of transformers: its advice is not about this run
     logging.disable_progress_bar()
-    arguments = sys.argv[1:] if arguments is None else arguments
-    again = [word for word in arguments if word not in ("--resume", "--restart")] + ["--resume"]
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a heart prints ? for one
+    settings = made = None
     try:
         settings = parse_settings(arguments)
         if settings.summarize:
             return summarize(settings)
         if not settings.output_dir:
-            settings.output_dir = choose_folder(settings.preset, settings.resume)
-            again += ["--output_dir", settings.output_dir]
+            settings.output_dir = made = choose_folder(settings.preset, settings.resume)
         return run_all(settings)
     except (SettingError, DataError) as error:
+        if made:  # a folder that we have chosen goes, unless it has something in it
+            with suppress(OSError):
+                Path(made).rmdir()
         sys.exit(f"rlhf_minimal: {error}")
     except (OSError, SafetensorError) as error:  # a full or read-only disk, say
         sys.exit(f"rlhf_minimal: {error}. What was saved before stays; when that is mended, go on "
-                 f"with: python rlhf_minimal.py {shlex.join(again)}")
+                 f"with: {command_to_resume(arguments, settings)}")
     except KeyboardInterrupt:
-        print("rlhf_minimal: stopped. Go on from what is saved with: python rlhf_minimal.py "
-              f"{shlex.join(again)}", file=sys.stderr)
+        with suppress(OSError):  # at Ctrl-C `| tee` ends before us
+            print("rlhf_minimal: stopped. Go on from what is saved with: "
+                  f"{command_to_resume(arguments, settings)}", file=sys.stderr)
         sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -158,8 +158,7 @@ def checkpoint_activations(model, context_fn=noop_context_fn):
                 # the layer's own switch: off while sampling, where it would cost the cache
                 layer.training = torch.is_grad_enabled()
 
-    enable = getattr(network, "activation_checkpointing_enable", None)  # its name from 5.20 on
-    (enable or network.gradient_checkpointing_enable)(
+    network.activation_checkpointing_enable(
         {"use_reentrant": False, "context_fn": context_fn,
          "preserve_rng_state": False})  # nothing in a layer is random
     network.register_forward_pre_hook(switch)

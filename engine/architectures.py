@@ -4,16 +4,13 @@ import inspect
 import math
 
 import torch
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache
 
 from engine.adapters import Adapted
 from engine.batches import pack, unpack
 from engine.devices import full_precision, mixed_precision
 from engine.settings import SettingError
 
-# The key-value cache is called "past_key_values" before transformers 5.24, "cache" from then on
-CACHE = ("cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters
-         else "past_key_values")
 T = 8  # tokens of a summary in a trial
 
 
@@ -74,8 +71,7 @@ def left_to_right(network, ids, mask, plain):
 def cached(network, ids, mask, plain):
     """With a cache, which is shared out to two rows, and later loses one of them."""
     cache = DynamicCache(config=network.config)
-    named = {CACHE: cache}
-    got = [read(network, 1, mask[:1, :-T], True, input_ids=ids[:1, :-T], **named)]
+    got = [read(network, 1, mask[:1, :-T], True, input_ids=ids[:1, :-T], cache=cache)]
     cache.reorder_cache(torch.zeros(2, dtype=torch.long, device=ids.device))
     got = [got[0].expand(2, -1, -1)]
     for t in range(-T, 0):
@@ -83,7 +79,7 @@ def cached(network, ids, mask, plain):
             cache.reorder_cache(torch.ones(1, dtype=torch.long, device=ids.device))
             ids, mask, got = ids[1:], mask[1:], [x[1:] for x in got]
         end = ids.shape[1] + t + 1
-        got.append(read(network, 1, mask[:, :end], True, input_ids=ids[:, end - 1 : end], **named))
+        got.append(read(network, 1, mask[:, :end], True, input_ids=ids[:, end - 1 : end], cache=cache))
     return torch.cat(got, 1), plain[1:]
 
 

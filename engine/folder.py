@@ -15,27 +15,37 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from engine.adapters import trainable_named
-from engine.processes import agreed, gather, rank
-from engine.settings import SettingError
+from engine.checkpoints import flatten, put_back
+from engine.processes import agreed, gather, n_processes, rank
+from engine.settings import JUDGES, SettingError
 
 
 RARELY = 20  # where saving or copying the state takes over a second, one second in so many
-OURS = ("config.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.md", "curves.png",
-        "sft", "reward_model", "policy", "critic", "checkpoints", ".partial", ".lock")
-
-
-MAY_DIFFER = {"resume", "restart", "output_dir", "save_seconds", "files", "environment"}
+# names that nobody else's files have
+PARTIAL, LOCK = ".rlhf_minimal_partial", ".rlhf_minimal_lock"
+# what --restart removes. What makes a run count as finished goes first; config.json, which says
+# that the rest is ours, is written over at the end: cut short, --restart can begin again
+OURS = ("results.json", "report.md", "metrics.jsonl", "samples.jsonl", "curves.png", "sft",
+        "reward_model", "policy", "critic", "checkpoints", PARTIAL)
+# ours at the top level: where pip has put them, the modules of other packages lie beside them
+MODULES = ("rlhf_minimal", "sft", "reward", "ppo", "judge", "lm", "tldr", "toy")
+# settings that name files, or repositories of the hub
+SOURCES = ("comparisons", "posts", "base_model", "sft_model", "reward_model", "tokenizer", "judge")
+HANGUP = getattr(signal, "SIGHUP", None)  # a terminal that was closed; Windows has none
+MAY_DIFFER = {"resume", "restart", "output_dir", "save_seconds", "files", "from_hub", "environment"}
 
 
 def digest(path):
@@ -51,12 +61,14 @@ def digest(path):
 def describe(settings):
     """What config.json holds: settings, versions, and a digest of each file a result depends on."""
     root = Path(__file__).resolve().parent.parent
-    sources = sorted([*root.glob("*.py"), *root.glob("engine/*.py")])
+    cloned = (root / "pyproject.toml").exists()
+    top = root.glob("*.py") if cloned else [root / f"{name}.py" for name in MODULES]
+    sources = sorted([*top, *root.glob("engine/*.py")])
     files = {path.relative_to(root).as_posix(): path for path in sources}
-    files |= {value: Path(value) for key, value in settings.items()
-              if isinstance(value, str) and key != "output_dir" and Path(value).exists()}
+    given = filter(None, map(settings.get, SOURCES))
+    files |= {name: Path(name) for name in given if name not in JUDGES and Path(name).exists()}
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=root, capture_output=True)
-    return {**settings,
+    return {**settings, "processes": n_processes(),
             "files": {name: digest(path) for name, path in files.items()},
             "environment": {"git_commit": commit.stdout.decode().strip() or None,
                             "python": platform.python_version(),
@@ -64,33 +76,55 @@ def describe(settings):
                             **{name: version(name) for name in ("torch", "transformers")}}}
 
 
+def describe_hub(config, data):
+    """The same for what was loaded from the hub, where a repository may change any day: the commit
+    of a model as the cache has it, and a digest of the rows (posts, held out, comparisons, held
+    out), which `datasets` may have from its own cache."""
+    rows, found = {config["posts"]: data[:2], config["comparisons"]: data[2:]}, {}
+    for name in filter(None, map(config.get, SOURCES)):
+        if name in JUDGES or Path(name).exists():
+            continue
+        commit = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", "main")
+        if name in rows:
+            found[name] = hashlib.sha256(json.dumps(rows[name]).encode()).hexdigest()[:16]
+        elif commit.is_file():
+            found[name] = commit.read_text()
+    return found
+
+
 def check_folder(folder, config, restart=False, resume=False):
     """Raise SettingError for a folder that may not be written to, or a run to resume that was begun
-    with other settings or files. Changes nothing."""
+    with other settings or files. Changes nothing; returns what is to be said about versions."""
     name, folder = f"--output_dir {folder}", Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise SettingError(f"{name}: expected a folder, found a file")
-    found = {path.name for path in folder.glob("*")} - {".lock", ".partial"}
+    try:
+        found = {*os.listdir(folder)} - {LOCK, PARTIAL}
+    except FileNotFoundError:
+        return []
+    except OSError:  # it may be written to, and still hold files of others
+        raise SettingError(f"{name}: expected a folder, found a file or a folder that may not be "
+                           "listed; choose another one") from None
     if not found:
-        return
+        return []
     try:
         old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        old, versions = {**old, **old["files"]}, old["environment"]
-    except (OSError, ValueError, KeyError, TypeError):  # a model's folder has a config.json too
+        from_hub, versions = {**old.get("from_hub", {})}, {**old["environment"]}
+        old = {**old, **old["files"], **from_hub}
+    # a model's folder has a config.json too
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise SettingError(f"{name} holds other files ({min(found)}, ...): nothing is ever deleted "
                            "there, choose a new folder") from None
     if not restart and not resume:
         raise SettingError(f"{name} already holds a run: choose a new folder, go on with --resume, "
                            "or throw that run away with --restart")
-    now = {**config, **config["files"]}
-    for key in sorted((old.keys() | now.keys()) - MAY_DIFFER) if resume else ():
+    now = {**config, **config["files"], **config.get("from_hub", {})}
+    unknown = from_hub.keys() if "from_hub" not in config else set()  # before it is loaded
+    for key in sorted((old.keys() | now.keys()) - MAY_DIFFER - unknown) if resume else ():
         if old.get(key) != now.get(key):
             raise SettingError(f"{name}: can't be resumed, {key} was {old.get(key)} and is now "
                                f"{now.get(key)}; put it back, or begin anew with --restart")
-    for key, value in config["environment"].items() if resume else ():
-        if versions.get(key) != value and key != "git_commit":
-            print(f"note: this run began with {key} {versions.get(key)}, here it is {value}: the "
-                  "result may differ in the last digits")
+    return [f"note: this run began with {key} {versions.get(key)}, here it is {value}: the result "
+            "may differ in the last digits" for key, value in config["environment"].items()
+            if resume and versions.get(key) != value and key != "git_commit"]
 
 
 def recorded(folder, name):
@@ -102,47 +136,18 @@ def recorded(folder, name):
 
 
 def choose_folder(preset, resume):
-    """runs/<preset>-<n> with the first n that is free, or to resume the last one that is not."""
+    """runs/<preset>-<n> with the first n that is free, or to resume the last one that is not. A
+    free one is made at once: of two runs that begin together, each has its own."""
     n = 1
     while Path(f"runs/{preset}-{n}").exists():
         n += 1
-    return f"runs/{preset}-{max(1, n - 1) if resume else n}"
-
-
-def flatten(parts, copy=False, into={}):
-    """Modules and optimizers by name -> {"policy/head.bias": tensor, "optimizer/0/exp_avg": tensor,
-    ...} on the CPU: trainable parameters and Adam's averages. into: an older copy to overwrite."""
-    tensors = {}
-    for name, part in parts.items():
-        if isinstance(part, torch.nn.Module):
-            rows = [(key, p.detach()) for key, p in trainable_named(part)]
-        else:
-            rows = [(f"{i}/{key}", average) for i, averages in part.state_dict()["state"].items()
-                    for key, average in averages.items()]
-        for key, tensor in rows:
-            key = f"{name}/{key}"
-            tensors[key] = into[key].copy_(tensor) if key in into else tensor.to("cpu", copy=copy)
-    return tensors
-
-
-def put_back(parts, tensors):
-    """The reverse of flatten, in place."""
-    for name, part in parts.items():
-        own = {key.removeprefix(f"{name}/"): tensor for key, tensor in tensors.items()
-               if key.startswith(f"{name}/")}
-        if isinstance(part, torch.nn.Module):
-            mine = dict(trainable_named(part))
-            if own.keys() != mine.keys():
-                raise SettingError(f"a checkpoint has other weights for {name} than this program "
-                                   f"({min(own.keys() ^ mine.keys())}): begin anew with --restart")
-            for key, p in mine.items():
-                p.data.copy_(own[key])
-        else:
-            states = {}
-            for key, tensor in own.items():
-                i, average = key.split("/")
-                states.setdefault(int(i), {})[average] = tensor
-            part.load_state_dict({**part.state_dict(), "state": states})
+    if resume:
+        return f"runs/{preset}-{max(1, n - 1)}"
+    with suppress(FileExistsError):  # another run was faster
+        if "RANK" not in os.environ:  # processes of one run all choose the same
+            Path(f"runs/{preset}-{n}").mkdir(parents=True)
+        return f"runs/{preset}-{n}"
+    return choose_folder(preset, resume)
 
 
 def finite(value):
@@ -150,6 +155,14 @@ def finite(value):
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say(text):
+    """Print beside a progress bar. Nothing else is lost where nobody reads any more: at Ctrl-C
+    `| tee` ends before us."""
+    with suppress(OSError):
+        if rank() == 0:
+            tqdm.write(text, file=sys.stderr)
 
 
 class Run:
@@ -167,7 +180,7 @@ class Run:
         self.before, self.parts = None, {}
         self.copied = None  # when the last snapshot began, and the seconds it took
         self.started = time.perf_counter()
-        self.lock = FileLock(self.folder / ".lock")  # the system frees it, whatever kills us
+        self.lock = FileLock(self.folder / LOCK)  # the system frees it, whatever kills us
         if rank():
             return  # the first process writes for all
         try:
@@ -179,25 +192,30 @@ class Run:
         except OSError as error:
             raise SettingError(f"--output_dir {folder}: cannot write there ({error.strerror}), "
                                "choose another folder") from None
-        check_folder(folder, config, restart, resume)  # again, now that nobody else writes there
-        for name in OURS[:-1] if restart else ():
+        # again, now that nobody else writes there
+        for note in check_folder(folder, config, restart, resume):
+            print(note)
+        for name in OURS if restart else ():
             self.remove(name)
-        if not (self.folder / "config.json").exists():
+        if restart or not (self.folder / "config.json").exists():
             self.write("config.json", config)
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         self.write("metrics.jsonl", "")  # the lines so far are in the checkpoints
 
     def remove(self, name):
         path = self.folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():  # of a link, only the link is ours
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
     @contextmanager
     def whole(self, name):
         """A path to write a file or folder to that gets its name at the end, so that a kill or a
         full disk leaves all of it or nothing. name: a string, or a function of that path."""
-        self.remove(".partial")  # left by a kill
+        self.remove(PARTIAL)  # left by a kill
         # in a folder of its own: what writes it may have a temporary file beside it, too
-        partial = self.folder / ".partial" / "new"
+        partial = self.folder / PARTIAL / "new"
         partial.parent.mkdir()
         yield partial
         for path in (partial, *partial.rglob("*")):
@@ -215,8 +233,10 @@ class Run:
                 path.write_text(text, encoding="utf-8")
 
     def save_model(self, name, *parts):
-        """Write a model and its tokenizer to a folder, unless they are there already."""
-        if rank() == 0 and not (self.folder / name).exists():
+        """Write a model and its tokenizer to a folder; on a resume again, since what a stage left
+        there may have been cut or deleted."""
+        if rank() == 0:
+            self.remove(name)
             with self.whole(name) as path:
                 for part in parts:
                     part.save_pretrained(path)
@@ -304,16 +324,22 @@ class Run:
 
     @contextmanager
     def guarded(self):
-        """Ctrl-C and SIGTERM save after the step they fall into, a second one stops at once; where
-        something becomes NaN or infinite, the state before that step is saved."""
-        def stop(*_):
-            if self.stopping or not self.before:  # between the stages there is nothing to save
+        """Ctrl-C, SIGTERM and a closed terminal save after the step they fall into, a second one
+        stops at once; where something becomes NaN or infinite, the state before it is saved."""
+        def stop(number, _):
+            # between the stages there is nothing to save; torchrun sends each signal once more
+            again = self.stopping and n_processes() == 1 and number != HANGUP
+            if again or not self.before:
                 raise KeyboardInterrupt
             self.stopping = True
-            tqdm.write("finishing this step, then saving; once more to stop at once")
+            say("finishing this step, then saving; once more to stop at once")
 
-        handlers = {number: signal.signal(number, stop)
-                    for number in (signal.SIGINT, signal.SIGTERM)}
+        caught = [signal.SIGINT, signal.SIGTERM]
+        if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup ignores it
+            caught.append(HANGUP)
+        if threading.current_thread() is not threading.main_thread():  # of a notebook, say
+            caught = []  # Python lets only the main thread have them
+        handlers = {number: signal.signal(number, stop) for number in caught}
         try:
             yield
         except FloatingPointError as error:
@@ -356,7 +382,7 @@ class Run:
         """Say text in the terminal and in the report, once for each kind."""
         if kind not in self.warnings:
             self.warnings[kind] = text
-            tqdm.write(f"warning: {text}")
+            say(f"warning: {text}")
 
 
 KL_BOUND = 40  # nats per summary; the paper's own runs end below 20 (Table 9)

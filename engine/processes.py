@@ -19,6 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from engine.settings import SettingError
+
 
 def rank():
     """The number of this process, from 0."""
@@ -36,7 +38,7 @@ def start_processes(device):
             torch.cuda.set_device(device := f"cuda:{os.environ['LOCAL_RANK']}")
         dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=1))
         if rank():
-            sys.stdout = open(os.devnull, "w")  # one voice
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # one voice
     return device
 
 
@@ -58,9 +60,16 @@ def gather(tensor):
 
 def share_out(function, judge, *lists):
     """function(judge, *lists) -> a list with an entry for each row, of which each process makes its
-    share; all of them get the whole."""
+    share; all of them get the whole. SettingError for whatever goes wrong in a judge."""
     with agreed():
-        own = function(judge, *(rows[rank() :: n_processes()] for rows in lists))
+        try:
+            own = function(judge, *(rows[rank() :: n_processes()] for rows in lists))
+        except SettingError:
+            raise
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise SettingError(f"--judge: it failed with {text}; what was saved before "
+                               "stays, when that is mended go on with --resume") from error
     everybody = [own]
     if n_processes() > 1:
         everybody = [None] * n_processes()

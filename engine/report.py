@@ -6,7 +6,6 @@ Everything here gets finished numbers and judges nothing.
 import re
 import textwrap
 from dataclasses import dataclass
-from importlib.util import find_spec
 from statistics import fmean as mean
 from statistics import stdev
 
@@ -90,11 +89,9 @@ def points_of(rows, x, y):
 
 
 def draw_run(run, results):
-    """Draw curves.png into the run's folder; returns the line of the report that shows it."""
-    if find_spec("matplotlib") is None:
-        print("no picture in the report: matplotlib is not installed (the plots extra)")
-        return 'No picture: matplotlib is not installed (`pip install -e ".[plots]"`).'
-    judge, update = results["ppo_vs_sft"]["judge"], "PPO update"
+    """Draw curves.png into the run's folder."""
+    # between two dollars matplotlib expects a formula
+    escaped, update = one_line(results["ppo_vs_sft"]["judge"]).replace("$", r"\$"), "PPO update"
     win_rates = {"vs_reference_win_rate": ORANGE, "vs_sft_win_rate": SKY}
     panels = []
     for stage, colors, title, xlabel in (
@@ -104,14 +101,27 @@ def draw_run(run, results):
             ("ppo", {"kl_per_summary": VERMILION}, "KL to SFT (nats per summary)", update),
             ("ppo", {"length": GREY}, "length of samples (tokens)", update),
             ("ppo", {"entropy": BLACK}, "entropy of samples (nats per token)", update),
-            ("judge", win_rates, f"win rate (judge: {judge})", update),
+            ("judge", win_rates, f"win rate (judge: {escaped})", update),
             ("judge", {"true_quality": GREEN}, "true quality, greedy (at most 5)", update)):
         size = 50 if stage == "reward" else 1  # a step has few pairs: a point is the mean of 50
         rows = [row | {"point": row["step"] // size} for row in run.history(stage)]
         settings = {"title": title, "xlabel": xlabel}
         panels.append(Panel(rows, "step", list(colors), colors, settings))
     draw(run.folder / "curves.png", (2, 4), panels)
-    return "![curves.png](curves.png)"
+
+
+def picture(run, results):
+    """The line of the report that shows the curves, or says why there are none: results matter
+    more than a picture, so whatever an optional library does to us must not end the run."""
+    try:
+        draw_run(run, results)
+        return "![curves.png](curves.png)"
+    except OSError:  # a full disk, for one, loses the report, too
+        raise
+    except Exception as error:
+        text = f"matplotlib can't draw here ({one_line(f'{type(error).__name__}: {error}')})"
+        print(f"no picture in the report: {text}")
+        return f'No picture: {cell(text)}. It comes with `pip install -e ".[plots]"`.'
 
 
 # ---------------------------------------------------------------------------- words and tables
@@ -162,7 +172,7 @@ def print_end(run, results, samples):
         print(f"\n{one_line(sample['post']['title'])}\n{one_line(sample['post']['post'])}")
         for name in ("reference", "sft", "ppo"):
             print(f"  {name:>9}: {one_line(sample[name])}")
-    print(f"\nWin rates, judged by: {results['ppo_vs_sft']['judge']}")
+    print(f"\nWin rates, judged by: {one_line(results['ppo_vs_sft']['judge'])}")
     table = win_rate_table(results)
     widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
     for row in table:
@@ -173,13 +183,12 @@ def print_end(run, results, samples):
 
 
 def report(run, results, samples, agreements):
-    """Print the end of the run, and write report.md with the curves.
+    """Write report.md with the curves, and print the end of the run.
 
     results: as in results.json; samples: as in samples.jsonl; agreements: rows (name, share, low,
     high, n) of who chooses as the labelers did.
     """
-    print_end(run, results, samples)
-    judge, table = results["ppo_vs_sft"]["judge"], win_rate_table(results)
+    judge, table = cell(results["ppo_vs_sft"]["judge"]), win_rate_table(results)
     numbers = [(key, f"{value:.4g}") for key, value in results.items() if isinstance(value, float)]
     texts = [(s["post"]["title"], s["reference"], s["sft"], s["ppo"]) for s in samples[:20]]
     lines = [f"# Run {run.folder.name}, seed {results['seed']}", "",
@@ -188,7 +197,8 @@ def report(run, results, samples, agreements):
              "", table_row(HEADER), "|---" * len(HEADER) + "|", *map(table_row, table[1:]), "",
              "| measure | value |", "|---|---|", *map(table_row, numbers), "",
              *(f"**Warning:** {cell(text)}\n" for text in results["warnings"]),
-             draw_run(run, results) + "\n",
+             picture(run, results) + "\n",
              "## Samples", "", "| post | reference | SFT | PPO |", "|---|---|---|---|",
              *(table_row(map(cell, row)) for row in texts), ""]
-    run.write("report.md", "\n".join(lines))
+    run.write("report.md", "\n".join(lines))  # whoever finds it knows that the run is finished
+    print_end(run, results, samples)

@@ -6,6 +6,7 @@ the paper's value in the help text. `parse` puts all of them on one command line
 
 import argparse
 import math
+import os
 from dataclasses import dataclass
 from typing import Optional
 
@@ -61,6 +62,7 @@ class ModelConfig:
     checkpoint_activations: Optional[bool] = HfArg(default=None, help="None: if memory is short")
 
 
+JUDGES = ("labeler", "longest", "reward_model")  # any other name of a judge is a model's
 TLDR = {  # the paper's data (3.2, 3.3) as the hub has it
     "comparisons": "openai/summarize_from_feedback",
     "posts": "vwxyzjn/summarize_from_feedback_tldr_3_filtered",
@@ -99,6 +101,7 @@ FAST = {  # --fast_dev_run: so few of everything that only the code is tested
     "ppo_batch_size": 16, "ppo_epochs": 2, "judge_every": 1, "judge_during": 8, "judge_posts": 16,
     "best_of_n": 4, "response_length": 16, "reward_batch_size": 8}
 
+LARGEST = 2**31 - 1  # of counts: more would only be found by a full memory
 # (smallest, largest) of the settings that are numbers; whatever is not in here must be more than 0
 RANGES = {
     "seed": (0, 2**63 - 1), "save_seconds": (0, math.inf),
@@ -106,6 +109,7 @@ RANGES = {
     "rollout_batch_size": (0, math.inf), "judge_every": (0, math.inf), "max_posts": (0, math.inf),
     "sft_lr": (0, math.inf), "reward_lr": (0, math.inf), "ppo_lr": (0, math.inf),
     "kl_beta": (0, math.inf), "value_weight": (0, math.inf),
+    "temperature": (0.001, 1000),  # beyond, logits overflow or sampling no longer reads them
     "gamma": (0, 1), "lam": (0, 1), "missing_eos": (-math.inf, math.inf)}
 
 
@@ -116,9 +120,11 @@ def check_ranges(settings):
             continue
         low, high = RANGES.get(name, (0, math.inf))
         inside = low <= value <= high if name in RANGES else value > 0
+        if inside and high == math.inf and value > LARGEST and type(value) is int:
+            refuse(f"--{name} {str(value)[:40]}: expected at most {LARGEST}")
         if not inside or abs(value) == math.inf:  # isinf refuses huge integers
             expected = "more than 0" if name not in RANGES else "a number" if low < 0 else (
-                "0 or more" if math.isinf(high) else f"0 to {high}")
+                "0 or more" if math.isinf(high) else f"{low} to {high}")
             refuse(f"--{name} {value}: expected {expected}")
 
 
@@ -161,6 +167,9 @@ def parse(arguments, configs):
     if settings.fast_dev_run:
         parser.set_defaults(**FAST)
     settings = parser.parse_args(arguments)
+    for name, value in vars(settings).items():
+        if isinstance(value, str):  # a shell leaves the ~ of --output_dir=~/x alone
+            setattr(settings, name, os.path.expanduser(value))
     check_ranges(settings)
     if settings.resume and settings.restart:
         refuse("--resume and --restart: expected one of them")

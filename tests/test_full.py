@@ -389,7 +389,7 @@ def test_the_cache_is_used_where_the_config_says_no(hub):
     model.base_model.wte.register_forward_hook(
         lambda _, inputs, __: widths.append(inputs[0].shape[1]))
     model.register_forward_pre_hook(lambda _, __, kwargs: asked.append(
-        (kwargs["use_cache"], kwargs[lm.CACHE].get_seq_length()) if kwargs else None),
+        (kwargs["use_cache"], kwargs["cache"].get_seq_length()) if kwargs else None),
         with_kwargs=True)
     asked = []
     (found,) = lm.sample_responses(model, tokenizer, [[5, 6, 7]], 4, 0)

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import itertools
 import json
 import math
@@ -12,15 +13,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lm
 import ppo
@@ -29,7 +36,9 @@ import rlhf_minimal
 import sft
 import toy
 from engine import folder as folder_file
+from engine import report as report_file
 from engine.batches import generator_for, one_step
+from engine.checkpoints import flatten, is_finished, put_back
 from engine.folder import Run
 from engine.settings import ModelConfig, SettingError
 
@@ -136,7 +145,7 @@ def test_what_a_kill_left_half_written_goes_with_the_next_write(tmp_path):
         raise Killed
     run.write("results.json", {})
     assert not (tmp_path / "run" / "model.safetensors").exists()
-    assert not any(".tmp" in path.name or ".partial" in path.name
+    assert not any(".tmp" in path.name or "partial" in path.name
                    for path in (tmp_path / "run").rglob("*"))
 
 
@@ -268,14 +277,16 @@ def test_a_folder_with_a_run_needs_resume_or_restart(tmp_path):
     assert sorted((tmp_path / "run").rglob("*")) == before
     new_run(tmp_path / "run", restart=True)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoints", ".lock", "notes.txt"}
+        "config.json", "metrics.jsonl", "checkpoints", folder_file.LOCK, "notes.txt"}
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"restart": True}])
 @pytest.mark.parametrize("name, content", [
     ("thesis.tex", "mine"), ("config.json", '{"model_type": "gpt2"}'), ("config.json", "torn"),
-    ("config.json", "[1]"), ("config.json", '{"files": 3, "environment": {}}')])
+    ("config.json", "[1]"), ("config.json", '{"files": 3, "environment": {}}'),
+    ("config.json", '{"files": {}, "environment": 3}'), ("config.json", "[" * 100_000),
+    (".partial", "mine"), (".lock", "mine"), ("new", "mine")])
 def test_other_peoples_files_stay(name, content, flags, tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / name).write_text(content)
@@ -283,6 +294,14 @@ def test_other_peoples_files_stay(name, content, flags, tmp_path):
         new_run(tmp_path, **flags)
     assert {path.name for path in tmp_path.iterdir()} == {"sub", name}
     assert (tmp_path / name).read_text() == content
+
+
+@pytest.mark.parametrize("name", [".partial", ".lock", ".git"])
+def test_a_folder_with_one_hidden_file_is_not_empty(name, tmp_path):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(SettingError, match="holds other files"):
+        new_run(tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize("change, message", [
@@ -303,10 +322,12 @@ def test_resume_with_other_settings_or_files_is_refused_in_one_line(change, mess
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
 
 
-def test_another_version_is_said_and_not_refused(tmp_path, capsys):
+def test_another_version_is_said_once_and_not_refused(tmp_path, capsys):
     interrupted(tmp_path / "run")
-    new_run(tmp_path / "run", {**CONFIG, "environment": {"torch": "2.14"}}, resume=True)
-    assert "torch 2.13, here it is 2.14: the result may differ" in capsys.readouterr().out
+    config = {**CONFIG, "environment": {"torch": "2.14"}}
+    folder_file.check_folder(tmp_path / "run", config, resume=True)  # as prepare_run does first
+    new_run(tmp_path / "run", config, resume=True)
+    assert capsys.readouterr().out.count("torch 2.13, here it is 2.14: the result may differ") == 1
 
 
 def test_two_at_once_in_one_folder(tmp_path):
@@ -339,6 +360,7 @@ def test_an_edited_or_new_source_file_refuses_a_resume_in_one_line(name, tmp_pat
         target = copied / path.relative_to(HERE.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
+    shutil.copy(HERE.parent / "pyproject.toml", copied)
     monkeypatch.setattr(folder_file, "__file__", str(copied / "engine" / "folder.py"))
     monkeypatch.setattr(rlhf_minimal, "load_given", lambda *_: 1 / 0)
     arguments = ["--resume", "--output_dir", str(tmp_path / "run")]
@@ -363,11 +385,46 @@ def test_without_output_dir_resume_takes_the_last_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = [folder_file.choose_folder("tiny", resume) for resume in (False, True)]
     assert names == ["runs/tiny-1"] * 2
-    Path("runs/tiny-1").mkdir(parents=True)
     Path("runs/tiny-2").mkdir()
     assert folder_file.choose_folder("tiny", False) == "runs/tiny-3"
+    Path("runs/tiny-3").rmdir()
     assert folder_file.choose_folder("tiny", True) == "runs/tiny-2"
     assert folder_file.choose_folder("full", True) == "runs/full-1"
+
+
+def test_fresh_runs_that_begin_together_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exists, both = Path.exists, threading.Barrier(2, timeout=10)
+
+    def at_once(path):
+        found = exists(path)
+        if path.name == "tiny-1" and not found:
+            both.wait()  # both have seen that it is free
+        return found
+
+    monkeypatch.setattr(Path, "exists", at_once)
+    with ThreadPoolExecutor(2) as pool:
+        names = list(pool.map(lambda _: folder_file.choose_folder("tiny", False), range(2)))
+    assert sorted(names) == ["runs/tiny-1", "runs/tiny-2"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", "1")
+    names = [folder_file.choose_folder("tiny", False) for _ in range(2)]
+    assert names == ["runs/tiny-3"] * 2, "processes of one run must choose the same"
+
+
+def test_a_chosen_folder_goes_again_if_nothing_came_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, left in ((None, []), ("config.json", ["tiny-1"])):
+        def refused(settings):
+            if name:
+                Path(settings.output_dir, name).touch()
+            raise SettingError("no")
+
+        monkeypatch.setattr(rlhf_minimal, "run_all", refused)
+        with pytest.raises(SystemExit):
+            rlhf_minimal.main([])
+        assert os.listdir("runs") == left
 
 
 def test_what_is_installed_has_every_file_that_a_run_needs():
@@ -375,9 +432,313 @@ def test_what_is_installed_has_every_file_that_a_run_needs():
     modules, packages = (json.loads(re.search(rf"^{key} = (\[.*?\])", text, re.M | re.S)[1])
                          for key in ("py-modules", "packages"))
     assert sorted(modules) == sorted(path.stem for path in HERE.parent.glob("*.py"))
+    assert sorted(modules) == sorted(folder_file.MODULES)
     folders = {path.parent.name for path in HERE.parent.glob("*/__init__.py")}
     assert {"engine"} == folders == {*packages}
     assert not [*HERE.parent.glob("engine/*/*.py")], "a folder that packages doesn't name"
+
+
+# ---------------------------------------------------------------------------- attacks
+
+
+class Part:
+    """A model that can be saved: its weights are its name."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def save_pretrained(self, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "model.safetensors").write_text(self.name)
+
+
+@pytest.mark.parametrize("harm", [
+    lambda folder: (folder / "model.safetensors").unlink(), shutil.rmtree,
+    lambda folder: (folder / "model.safetensors").write_text("sm"),
+    lambda folder: (folder / "model-00002-of-00002.safetensors").write_text("another's")])
+def test_what_became_of_a_models_folder_is_made_good_on_a_resume(harm, tmp_path):
+    run = new_run(tmp_path / "run")
+    run.save_model("sft", Part("small"))
+    harm(run.folder / "sft")
+    run.save_model("sft", Part("small"))
+    (file,) = (run.folder / "sft").iterdir()
+    assert file.read_text() == "small"
+
+
+def finished_run(folder):
+    for name in ("sft", "reward_model", "policy", "critic"):
+        (folder / name).mkdir(parents=True)
+        save_file({"a": torch.zeros(9)}, folder / name / "model.safetensors")
+    for name in ("results.json", "report.md"):
+        (folder / name).touch()
+
+
+@pytest.mark.parametrize("left, expected", [
+    ({"results.json", "report.md", "checkpoints"}, True), ({"results.json", "report.md"}, True),
+    ({"results.json"}, True),  # somebody threw the report away: no reason to train again
+    ({"results.json", "checkpoints"}, False), ({"report.md", "checkpoints"}, False),
+    (set(), False)])
+def test_a_run_is_finished_when_its_report_is_there(left, expected, tmp_path):
+    finished_run(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    for name in {"results.json", "report.md", "checkpoints"} - left:
+        path = tmp_path / name
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert is_finished(tmp_path) == expected
+
+
+@pytest.mark.parametrize("harm", [
+    lambda file: file.unlink(), lambda file: shutil.rmtree(file.parent),
+    lambda file: os.truncate(file, 90), lambda file: os.truncate(file, 0)])
+def test_a_finished_run_with_a_damaged_model_is_said(harm, tmp_path):
+    finished_run(tmp_path)
+    harm(tmp_path / "policy" / "model.safetensors")
+    with pytest.raises(SettingError, match="policy/ was damaged since.*--restart"):
+        is_finished(tmp_path)
+
+
+def trained_parts():
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("old, new", [
+    ("model/bias", "model/offset"), ("model/bias", None), ("optimizer/0/exp_avg", "optimizer/0/m"),
+    ("optimizer/0/step", None), ("optimizer/1/exp_avg", "optimizer/2/exp_avg"),
+    ("optimizer/1/exp_avg_sq", "adam/1/exp_avg_sq"), ("model/bias", (2,)),
+    ("optimizer/0/exp_avg", (3, 1)), ("model/weight", (1, 1))])
+def test_a_checkpoint_with_other_names_or_shapes_is_not_put_back_in_part(old, new):
+    tensors = flatten(trained_parts())
+    tensor = tensors.pop(old)
+    if isinstance(new, str):
+        tensors[new] = tensor
+    elif new:
+        tensors[old] = torch.zeros(new)
+    parts = trained_parts()
+    before = flatten(parts, copy=True)
+    with pytest.raises(SettingError, match="a checkpoint has other weights.*begin anew"):
+        put_back(parts, tensors)
+    assert all(torch.equal(before[key], value) for key, value in flatten(parts).items())
+
+
+def test_a_checkpoint_is_put_back_with_and_without_averages():
+    tensors, parts = flatten(trained_parts(), copy=True), trained_parts()
+    put_back(parts, tensors)
+    assert all(torch.equal(tensors[key], value) for key, value in flatten(parts).items())
+    weights = {key: tensor for key, tensor in tensors.items() if key.startswith("model")}
+    put_back(parts, weights)  # of a stage that was finished
+    assert flatten(parts).keys() == weights.keys()
+
+
+def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_file, "n_processes", lambda: 2)
+    new_run(tmp_path / "run", folder_file.describe({"seed": 0})).lock.release()
+    monkeypatch.undo()
+    with pytest.raises(SettingError, match="processes was 2 and is now 1; put it back"):
+        folder_file.check_folder(tmp_path / "run", folder_file.describe({"seed": 0}), resume=True)
+
+
+def test_what_changed_on_the_hub_since_the_start_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folder_file, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    ref = tmp_path / "cache" / "models--them--judge" / "refs" / "main"
+    ref.parent.mkdir(parents=True)
+    ref.write_text("c0ffee")
+    settings = dict.fromkeys(folder_file.SOURCES)
+    settings |= {"seed": 0, "posts": "us/posts", "comparisons": "us/rows", "judge": "them/judge"}
+    data = [[{"post": "a"}], [{"post": "b"}], [{"chosen": "c"}], [{"chosen": "d"}]]
+
+    def after_loading(data):
+        config = folder_file.describe(settings)
+        return config | {"from_hub": folder_file.describe_hub(config, data)}
+
+    config = after_loading(data)
+    assert config["from_hub"].keys() == {"us/posts", "us/rows", "them/judge"}
+    assert config["from_hub"]["them/judge"] == "c0ffee"
+    new_run(tmp_path / "run", config).lock.release()
+    # what the hub has is known only once it is loaded
+    folder_file.check_folder(tmp_path / "run", folder_file.describe(settings), resume=True)
+    folder_file.check_folder(tmp_path / "run", after_loading(copy.deepcopy(data)), resume=True)
+    for part, name in enumerate(("us/posts", "us/posts", "us/rows", "us/rows")):
+        changed = copy.deepcopy(data)
+        changed[part].append({"post": "new"})
+        with pytest.raises(SettingError, match=f"{name} was .* and is now "):
+            folder_file.check_folder(tmp_path / "run", after_loading(changed), resume=True)
+    ref.write_text("decaf")
+    with pytest.raises(SettingError, match="them/judge was c0ffee and is now decaf"):
+        folder_file.check_folder(tmp_path / "run", after_loading(data), resume=True)
+
+
+def test_a_folder_named_like_a_word_is_no_file_of_the_run(tmp_path, monkeypatch):
+    """`--output_dir tiny` beside the preset of that name, say."""
+    monkeypatch.chdir(tmp_path)
+    settings = vars(rlhf_minimal.parse_settings(["--judge", "longest", "--summarize", "post.txt"]))
+    files = folder_file.describe(settings)["files"]
+    for name in ("tiny", "auto", "longest", "post.txt"):
+        Path(name).mkdir()
+        Path(name, "x").write_text("x")
+    assert folder_file.describe(settings)["files"] == files
+
+
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"restart": True}])
+def test_a_folder_that_may_not_be_listed_is_not_taken_for_empty(flags, tmp_path, monkeypatch):
+    interrupted(tmp_path / "run")
+    before = sorted((tmp_path / "run").rglob("*"))
+
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", denied)
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(SettingError, match="may not be listed"):
+        new_run(tmp_path / "run", **flags)
+    monkeypatch.undo()
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+@pytest.mark.parametrize("cut", range(len(folder_file.OURS)))
+def test_a_restart_that_is_cut_short_can_begin_again(cut, tmp_path, monkeypatch):
+    interrupted(tmp_path / "run")
+    finished_run(tmp_path / "run")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    left, remove = [cut], Run.remove
+
+    def kill(run, name):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        remove(run, name)
+
+    changed = {**CONFIG, "kl_beta": 0.1}
+    monkeypatch.setattr(Run, "remove", kill)
+    with pytest.raises(Killed):
+        new_run(tmp_path / "run", changed, restart=True)
+    monkeypatch.undo()
+    gc.collect()  # the lock of a process that is gone
+    assert cut == 0 or not is_finished(tmp_path / "run")
+    with pytest.raises(SettingError, match="kl_beta was 0.05 and is now 0.1"):
+        new_run(tmp_path / "run", changed, resume=True)
+    run = new_run(tmp_path / "run", changed, restart=True)
+    assert {path.name for path in run.folder.iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoints", folder_file.LOCK, "notes.txt"}
+    assert json.loads((run.folder / "config.json").read_text()) == changed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a right there")
+def test_of_a_link_only_the_link_is_removed(tmp_path):
+    interrupted(tmp_path / "run")
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "large disk" / "mine").touch()
+    (tmp_path / "run" / "policy").symlink_to(tmp_path / "large disk")
+    new_run(tmp_path / "run", restart=True)
+    assert not (tmp_path / "run" / "policy").is_symlink()
+    assert (tmp_path / "large disk" / "mine").exists()
+
+
+def test_installed_only_our_own_modules_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_file, "__file__", str(tmp_path / "engine" / "folder.py"))
+    (tmp_path / "engine").mkdir()
+    for path in (*(f"{name}.py" for name in folder_file.MODULES), "engine/rows.py", "six.py"):
+        (tmp_path / path).write_text("x")
+    expected = {*(f"{name}.py" for name in folder_file.MODULES), "engine/rows.py"}
+    assert {*folder_file.describe({})["files"]} == expected
+    (tmp_path / "pyproject.toml").touch()  # a clone
+    assert {*folder_file.describe({})["files"]} == expected | {"six.py"}
+
+
+def test_the_declared_minimums_are_what_was_tested():
+    """With transformers 5.0 - 5.23 fast tests failed, and Python 3.10 gets no later one."""
+    project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {r.name: r for r in map(Requirement, project["dependencies"])}
+    assert not declared["transformers"].specifier.contains("5.23.9")
+    assert not declared["torch"].specifier.contains("2.12.9")
+    assert not SpecifierSet(project["requires-python"]).contains("3.10.99")
+    for name, requirement in declared.items():
+        found = Version(metadata.version(name)).base_version
+        assert requirement.specifier.contains(found), f"{name} {found} is older than declared"
+
+
+def results_of(judge):
+    rate = {"win_rate": 0.5, "low": 0.4, "high": 0.6, "n": 9, "mean_length": 5.0,
+            "mean_length_other": 4.0, "judge": judge}
+    return {"seed": 0, "ppo_vs_sft": rate, "kl_per_summary": 1.0, "reward_sft": 0.0,
+            "reward_ppo": 1.0, "warnings": [], "seconds": {"total": 1.0}}
+
+
+SAMPLE = {"post": {"title": "t", "post": "p"}, "reference": "r", "sft": "s", "ppo": "q"}
+
+
+@pytest.mark.parametrize("error", [ImportError("numpy.core failed"), AttributeError("_ARRAY_API"),
+                                   ValueError("no font")])
+def test_a_picture_that_fails_is_said_in_the_report(error, tmp_path, monkeypatch, capsys):
+    def draw(*_):
+        raise error
+
+    monkeypatch.setattr(report_file, "draw", draw)
+    run = new_run(tmp_path / "run")
+    report_file.report(run, results_of("labeler"), [SAMPLE], [])
+    report = (run.folder / "report.md").read_text()
+    assert f"No picture: matplotlib can't draw here ({type(error).__name__}" in report
+    assert "curves.png" not in report and str(error) in capsys.readouterr().out
+
+
+def test_a_full_disk_is_no_reason_to_go_without_a_picture(tmp_path, monkeypatch):
+    def draw(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report_file, "draw", draw)
+    run = new_run(tmp_path / "run")
+    with pytest.raises(OSError, match="No space left"):
+        report_file.report(run, results_of("labeler"), [SAMPLE], [])
+    assert not (run.folder / "report.md").exists(), "a resume would not draw it again"
+
+
+def test_a_judges_name_is_no_formula_and_no_markup(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(report_file, "draw", lambda path, shape, panels: titles.extend(
+        panel.settings["title"] for panel in panels))
+    run = new_run(tmp_path / "run")
+    report_file.report(run, results_of("./a$^$x *\nb"), [SAMPLE], [])
+    assert r"win rate (judge: ./a\$^\$x * b)" in titles
+    assert "judged by **./a$^$x &#42; b** on" in (run.folder / "report.md").read_text()
+
+
+def test_a_report_is_whole_before_anything_is_printed(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_file, "draw", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", NobodyReads())
+    run = new_run(tmp_path / "run")
+    with pytest.raises(OSError):
+        report_file.report(run, results_of("labeler"), [SAMPLE], [])
+    monkeypatch.undo()
+    assert (run.folder / "report.md").exists()
+
+
+@pytest.mark.slow
+def test_results_are_there_before_the_report_and_resume_goes_on(tmp_path, monkeypatch, capsys):
+    arguments = ["--fast_dev_run", "--output_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(rlhf_minimal, "report", lambda *_: 1 / 0)
+        rlhf_minimal.main(arguments)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["ppo_vs_sft"] and (tmp_path / "run" / "checkpoints").exists()
+    rlhf_minimal.main([*arguments, "--resume"])
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again["ppo_vs_sft"] == results["ppo_vs_sft"]
+    assert (tmp_path / "run" / "report.md").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_modules_of_the_current_folder_are_not_imported_in_place_of_ours(tmp_path):
+    for name in ("run", "lm", "toy", "judge", "engine", "json", "shlex"):
+        (tmp_path / f"{name}.py").write_text("raise ZeroDivisionError")
+    done = subprocess.run([sys.executable, "-m", "rlhf_minimal", "--seed", "-1"], cwd=tmp_path,
+                          env={**os.environ, "PYTHONPATH": str(HERE.parent)}, text=True,
+                          capture_output=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.startswith("rlhf_minimal: --seed -1"), done.stderr
 
 
 # ---------------------------------------------------------------------------- numbers out of range
@@ -408,10 +769,19 @@ def test_a_number_out_of_its_range_is_one_line_before_any_work(words, said, tmp_
 # ---------------------------------------------------------------------------- Ctrl-C
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_saves_after_the_step_and_the_second_stops_at_once(number, tmp_path):
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    for times, saved in ((1, ["sft-00000003"]), (2, [])):
+SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, folder_file.HANGUP) if number]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_saves_after_the_step_and_the_second_stops_at_once(
+        number, processes, tmp_path, monkeypatch):
+    """torchrun sends each signal that it gets once more, so there nothing stops at once; neither
+    does a hang-up, which a system that shuts down may follow with a SIGTERM, or the reverse."""
+    monkeypatch.setattr(folder_file, "n_processes", lambda: processes)
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    patient = processes == 2 or number == folder_file.HANGUP
+    for times, saved in ((1, ["sft-00000003"]), (2, ["sft-00000003"] if patient else [])):
         run, reached = new_run(tmp_path / str(times)), []
         with pytest.raises(KeyboardInterrupt), run.guarded():
             model = torch.nn.Linear(1, 1)
@@ -421,9 +791,9 @@ def test_the_first_signal_saves_after_the_step_and_the_second_stops_at_once(numb
                         os.kill(os.getpid(), number)
                         time.sleep(0.01)
                 reached.append(step)
-        assert reached == ([0, 1, 2] if times == 1 else [0, 1])
+        assert reached == ([0, 1, 2] if saved else [0, 1])
         assert [p.name[:12] for p in (run.folder / "checkpoints").iterdir()] == saved
-        assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+        assert handlers == [signal.getsignal(number) for number in SIGNALS]
         new_run(tmp_path / str(times), resume=True)  # the folder is free again
 
 
@@ -436,18 +806,118 @@ def test_between_the_stages_the_first_signal_stops(tmp_path):
         pytest.fail("went on")
 
 
-def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+class NobodyReads:
+    """A pipe whose other end, `| tee`, was ended by the same Ctrl-C."""
+    encoding = "utf-8"
 
-    def stopped(settings):
-        raise KeyboardInterrupt
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(rlhf_minimal, "run_all", stopped)
+    flush = isatty = fileno = lambda self: self.write("")
+
+
+def test_ctrl_c_saves_where_nobody_reads_any_more(tmp_path, monkeypatch):
+    run = new_run(tmp_path / "run", save_seconds=10**6)
+    with pytest.raises(KeyboardInterrupt), run.guarded():
+        for step in run.steps("sft", 9, model=torch.nn.Linear(1, 1)):
+            if step == 2:
+                monkeypatch.setattr(sys, "stdout", NobodyReads())
+                monkeypatch.setattr(sys, "stderr", NobodyReads())
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.01)
+                run.warn("kl", "too far")
+    monkeypatch.undo()
+    assert [p.name[:12] for p in (run.folder / "checkpoints").iterdir()] == ["sft-00000003"]
+    assert run.warnings == {"kl": "too far"}
+
+
+def test_ctrl_c_ends_with_130_where_nobody_reads(monkeypatch):
+    monkeypatch.setattr(rlhf_minimal, "run_all", stopped_by_ctrl_c)
+    monkeypatch.setattr(sys, "stderr", NobodyReads())
     with pytest.raises(SystemExit) as stop:
-        rlhf_minimal.main(["--seed", "3", "--restart"])
+        rlhf_minimal.main(["--output_dir", "x"])
     assert stop.value.code == 130
+
+
+@pytest.mark.skipif(not folder_file.HANGUP, reason="Windows")
+def test_a_run_under_nohup_goes_on_when_the_terminal_closes(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run = new_run(tmp_path / "run")
+        with run.guarded():
+            for _ in run.steps("sft", 3, model=torch.nn.Linear(1, 1)):
+                os.kill(os.getpid(), signal.SIGHUP)
+                time.sleep(0.01)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_in_a_thread_has_no_signals_and_needs_none(tmp_path):
+    """As a notebook or a server may start it."""
+    run = new_run(tmp_path / "run")
+
+    def trained():
+        with run.guarded():
+            return learn(run)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert equal(pool.submit(trained).result(), learn(None))
+
+
+def stopped_by_ctrl_c(settings):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("typed, words", [
+    ("--seed 3 --restart", "--seed 3 --output_dir runs/tiny-1"),
+    ("--restart true --seed 3", "--seed 3 --output_dir runs/tiny-1"),
+    ("--restart=true --output_dir r --seed=3", "--output_dir r --seed=3"),
+    ("--resume True --output_dir r", "--output_dir r"),
+    ("--resume --output_dir r --restart false --missing_eos -1",
+     "--output_dir r --missing_eos -1"),
+    ("--output_dir r --judge 'a b' --restart", "--output_dir r --judge 'a b'")])
+def test_ctrl_c_prints_the_command_that_goes_on(typed, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rlhf_minimal, "run_all", stopped_by_ctrl_c)
+    for folder, script in ((tmp_path, HERE.parent / "rlhf_minimal.py"),
+                           (HERE.parent, "rlhf_minimal.py")):
+        monkeypatch.setattr(rlhf_minimal, "choose_folder", lambda *_: "runs/tiny-1")
+        monkeypatch.chdir(folder)
+        with pytest.raises(SystemExit) as stop:
+            rlhf_minimal.main(shlex.split(typed))
+        assert stop.value.code == 130
+        command = capsys.readouterr().err.strip().split(" with: ")[1]
+        assert command == f"python {script} {words} --resume"
+        settings = rlhf_minimal.parse_settings(shlex.split(command)[2:])
+        assert settings.resume and not settings.restart
+        assert settings.output_dir == ("r" if " r" in typed else "runs/tiny-1")
+
+
+def test_the_command_of_several_processes_starts_as_many(monkeypatch, capsys):
+    monkeypatch.setattr(rlhf_minimal, "run_all", stopped_by_ctrl_c)
+    monkeypatch.setattr(rlhf_minimal, "n_processes", lambda: 3)
+    monkeypatch.chdir(HERE.parent)
+    with pytest.raises(SystemExit):
+        rlhf_minimal.main(["--output_dir", "r"])
     assert capsys.readouterr().err.strip().endswith(
-        "python rlhf_minimal.py --seed 3 --resume --output_dir runs/tiny-1")
+        " with: torchrun --nproc_per_node 3 rlhf_minimal.py --output_dir r --resume")
+
+
+def test_main_reads_its_own_arguments_only(monkeypatch, tmp_path):
+    """In a notebook sys.argv is the kernel's."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setattr(rlhf_minimal, "run_all", lambda settings: settings.preset)
+    assert rlhf_minimal.main() == rlhf_minimal.main([]) == "tiny"
+
+
+def test_a_terminal_that_lacks_a_letter_prints_another(monkeypatch, tmp_path):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(rlhf_minimal, "run_all", lambda _: print("my cat \u2764 caf\u00e9"))
+    rlhf_minimal.main(["--output_dir", str(tmp_path)])
+    out.flush()
+    assert out.buffer.getvalue().decode("cp1252").strip() == "my cat ? caf\u00e9"
 
 
 def test_a_disk_error_is_one_line_with_the_command_that_goes_on(tmp_path, monkeypatch):
@@ -749,7 +1219,7 @@ def outcome(folder):
     files = {name: (folder / name).read_bytes() for name in names
              if name.endswith((".safetensors", "metrics.jsonl", "samples.jsonl", "tokenizer.json"))}
     report = (folder / "report.md").read_text().split("\n", 1)[1]  # the title is the folder's name
-    assert not any("checkpoints" in name or ".partial" in name for name in names)
+    assert not any("checkpoints" in name or "partial" in name for name in names)
     return names, files, report, timeless(json.loads((folder / "results.json").read_text()))
 
 

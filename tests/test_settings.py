@@ -8,7 +8,7 @@ import pytest
 from engine.settings import FAST, PRESETS, RANGES, SettingError, check_ranges
 from rlhf_minimal import parse_settings
 
-SEED = f"0 to {2**63 - 1}"
+SEED, COUNT = f"0 to {2**63 - 1}", f"at most {2**31 - 1}"
 
 
 @pytest.mark.parametrize("name, value, expected", [
@@ -24,15 +24,17 @@ SEED = f"0 to {2**63 - 1}"
     ("missing_eos", "nan", "a number"), ("missing_eos", "inf", "a number"),
     ("missing_eos", "-inf", "a number"), ("missing_eos", "-nan", "a number"),
     ("seed", "12345678901234567890", SEED), ("seed", "-1", SEED), ("seed", str(2**63), SEED),
-    ("temperature", "0", "more than 0"), ("temperature", "nan", "more than 0"),
-    ("temperature", "inf", "more than 0"), ("temperature", "-0.7", "more than 0"),
+    ("temperature", "0", "0.001 to 1000"), ("temperature", "nan", "0.001 to 1000"),
+    ("temperature", "inf", "0.001 to 1000"), ("temperature", "-0.7", "0.001 to 1000"),
+    ("temperature", "1e-300", "0.001 to 1000"),
     ("clip_range", "0", "more than 0"), ("max_grad_norm", "-1", "more than 0"),
     ("max_grad_norm", "nan", "more than 0"), ("ppo_batch_size", "0", "more than 0"),
     ("ppo_episodes", "-5", "more than 0"), ("ppo_epochs", "0", "more than 0"),
     ("ppo_minibatches", "0", "more than 0"), ("return_sequences", "0", "more than 0"),
     ("response_length", "-48", "more than 0"), ("query_length", "0", "more than 0"),
     ("toy_posts", "0", "more than 0"), ("toy_heads", "-4", "more than 0"),
-    ("prompt_newlines", "0", "more than 0")])
+    ("prompt_newlines", "0", "more than 0"), ("toy_posts", str(2**31), COUNT),
+    ("ppo_episodes", "9" * 20, COUNT), ("max_posts", "9" * 20, COUNT)])
 def test_a_number_out_of_range_is_one_line(name, value, expected, capsys):
     with pytest.raises(SettingError) as error:
         parse_settings([f"--{name}={value}"])  # argparse takes "-1e-9" alone for another option
@@ -51,7 +53,7 @@ def test_a_number_out_of_range_is_one_line(name, value, expected, capsys):
     ("value_weight", "0"), ("gamma", "0"), ("gamma", "1"), ("lam", "0"), ("lam", "1"),
     ("missing_eos", "-2.5"), ("missing_eos", "0"), ("missing_eos", "3"), ("seed", "0"),
     ("seed", str(2**63 - 1)), ("temperature", "1e-3"), ("clip_range", "1e9"),
-    ("max_grad_norm", "1e30"), ("ppo_episodes", str(10**400))])
+    ("max_grad_norm", "1e30"), ("ppo_episodes", str(2**31 - 1))])
 def test_the_ends_of_each_range_are_within_it(name, value):
     found = getattr(parse_settings([f"--{name}", value]), name)
     assert found == type(found)(value)
@@ -80,6 +82,15 @@ def test_every_preset_is_within_the_ranges(preset, fast):
     check_ranges(settings)
     for name in [*RANGES, *FAST, *PRESETS[preset]]:
         assert hasattr(settings, name), f"a range or a preset of no setting: {name}"
+
+
+def test_a_home_folder_is_one_however_it_is_typed(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")  # Windows
+    settings = parse_settings(["--output_dir=~/x", "--judge=~/judge", "--posts=~/p.jsonl",
+                               "--comparisons", "~/c.jsonl", "--seed", "1"])
+    assert (settings.output_dir, settings.judge) == ("/home/me/x", "/home/me/judge")
+    assert (settings.posts, settings.comparisons) == ("/home/me/p.jsonl", "/home/me/c.jsonl")
 
 
 def test_only_numbers_have_a_range():
