@@ -1,7 +1,7 @@
 """Mark what students hand in: a fresh folder and a log for each, and marks.csv for all.
 
     python exercises/check.py handed_in                    # into ./checked-1, then ./checked-2, ...
-    python exercises/check.py handed_in --seconds 120      # a test may take so long, then it is ended
+    python exercises/check.py handed_in --seconds 120      # a test may take so long
     python exercises/check.py --hunt handed_in/ada --bug random --seed 3     # a hunt: yes or no
 
 Each folder in handed_in is a student. Of their files only the functions of the exercises are taken,

@@ -34,7 +34,7 @@ DOCSTRINGS = {
     the last action of its row. values[:, t] is what the critic expects before action t. Returns are
     what the critic learns to predict.
     """,
-    "whiten": """Advantages at mean 0 and variance 1 over the masked entries of the batch, else zero.
+    "whiten": """Mean 0 and variance 1 over the masked entries of the batch, and zero elsewhere.
 
     x, mask: (B, T) -> (B, T). 1e-8 is added to the population variance.
     """,
