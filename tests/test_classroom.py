@@ -15,6 +15,7 @@ import check
 import start
 import test_exercises
 from bugs import BUGS, plant
+from open_answers import WRONG_OPEN
 from start import EXERCISES, NUMBERS, ROOT, copy_project
 from test_bugs import TESTS, python_files, run_tests  # noqa: F401 (a fixture)
 from wrong_answers import RIGHT, WRONG
@@ -461,3 +462,45 @@ def test_the_readme_counts_and_names_them_right():
 
 def test_every_exercise_has_bugs_to_find():
     assert {number for number, _ in BUGS_OF_EXERCISES} == set(NUMBERS)
+
+
+# ---------------------------------------------------------------------------- the open tasks
+
+
+def told_of_open(source, folder, monkeypatch):
+    """The messages of the open tasks' tests to the functions in source."""
+    (folder / "open_tasks.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(ROOT / "exercises" / "made"))
+    monkeypatch.syspath_prepend(str(folder))
+    for name in ("open_tasks", "test_open_tasks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    messages = []
+    for name, test in vars(importlib.import_module("test_open_tasks")).items():
+        if name.startswith("test_"):
+            try:
+                test()
+            except pytest.fail.Exception as failure:
+                messages.append(f"{name}: {failure}")
+            except (AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
+                messages.append(f"{name}: {error}")
+    return messages
+
+
+def test_the_open_tasks_have_answers(tmp_path, monkeypatch):
+    source = (ROOT / "tests" / "open_answers.py").read_text(encoding="utf-8")
+    assert told_of_open(source, tmp_path, monkeypatch) == []
+
+
+@pytest.mark.parametrize("what, old, new", WRONG_OPEN, ids=lambda text: text[:20])
+def test_the_open_tasks_refuse(what, old, new, tmp_path, monkeypatch):
+    source = (ROOT / "tests" / "open_answers.py").read_text(encoding="utf-8").split("\n# (what")[0]
+    assert source.count(old) == 1
+    assert told_of_open(source.replace(old, new), tmp_path, monkeypatch), f"{what} passes"
+
+
+def test_open_folder(tmp_path):
+    start.main([str(tmp_path / "open"), "--open"])
+    assert (tmp_path / "open" / "ppo.py").read_bytes() == (ROOT / "ppo.py").read_bytes()
+    blank = (tmp_path / "open" / "open_tasks.py").read_text(encoding="utf-8")
+    assert blank.count("NotImplementedError") == 2
+    assert not (tmp_path / "open" / "open_answers.py").exists()
