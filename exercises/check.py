@@ -2,7 +2,6 @@
 
     python exercises/check.py handed_in                    # into ./checked-1, then ./checked-2, ...
     python exercises/check.py handed_in --seconds 120      # a test may take so long
-    python exercises/check.py --hunt handed_in/ada --bug random --seed 3     # a hunt: yes or no
 
 Each folder in handed_in is a student. Of their files only the functions of the exercises are taken,
 with the helpers and imports that these need. It runs what students wrote: use a container.
@@ -17,16 +16,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
+from itertools import count
 from pathlib import Path
 
-from bugs import BUGS, plant
-from start import (EXERCISES, HERE, NUMBERS, ROOT, blank, choose_bug, copy_project, find,
-                   first_line, read, write)
-
-REFEREE = [f"tests/test_{name}.py" for name in
-           ("tldr", "toy", "lm", "batches", "reward", "ppo", "judge", "loop")]
+from hunts import HERE, copy_project, read, write
+from start import EXERCISES, NUMBERS, blank, find, first_line, tree_of
 
 
 # ---------------------------------------------------------------------------- what is taken over
@@ -35,7 +30,7 @@ REFEREE = [f"tests/test_{name}.py" for name in
 def definitions(source):
     """{name: the statement at the top level that gives it a meaning}; the last one counts."""
     found = {}
-    for node in ast.parse("\n".join(source)).body:
+    for node in tree_of("\n".join(source)).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found[node.name] = node
         elif not (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)):
@@ -90,7 +85,7 @@ def bring_modules(node, handed_in, fresh):
             source = read(handed_in / path)
             (fresh / path).parent.mkdir(parents=True, exist_ok=True)
             write(fresh / path, source)
-            for other in ast.parse("\n".join(source)).body:
+            for other in tree_of("\n".join(source)).body:
                 bring_modules(other, handed_in, fresh)
         elif not (fresh / path).exists() and not importlib.util.find_spec(module.split(".")[0]):
             raise ValueError(f"it imports {module}, which is not installed here")
@@ -215,7 +210,8 @@ def check_all(handed_in, output, seconds):
     if not students:
         raise SystemExit(f"check: {handed_in} has no folder in it; expected one for each student")
     if output is None:
-        output = Path(f"checked-{1 + max([0, *numbers_of_checks()])}")
+        output = next(path for path in map(Path, map("checked-{}".format, count(1)))
+                      if not path.exists())
     if output.exists():
         raise SystemExit(f"check: {output} is there already: each check makes fresh folders")
     output.mkdir(parents=True)
@@ -230,60 +226,16 @@ def check_all(handed_in, output, seconds):
     print(f"{output / 'marks.csv'}, and a log for each student beside it")
 
 
-def numbers_of_checks():
-    for path in Path().glob("checked-*"):
-        if path.name[8:].isdecimal():
-            yield int(path.name[8:])
-
-
-# ---------------------------------------------------------------------------- a hunt
-
-
-def passes(folder, tests, cwd):
-    """Do all of these tests pass on the files of folder? Nothing else is said."""
-    command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-               "-m", "not slow and not bugs", "-o", f"pythonpath={folder}", *map(str, tests)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, timeout=600).returncode == 0
-
-
-def referee(hunt, bug):
-    """Say whether it is mended, and whether test_hunt.py sees the bug; no name, no place."""
-    mended = passes(hunt, REFEREE, ROOT)
-    print("the folder: " + ("mended" if mended else "not mended yet, or something else broke"))
-    with tempfile.TemporaryDirectory() as folder:
-        for name, planted in [("without the bug", None), ("with the bug", bug)]:
-            if name == "with the bug" and bug is None:
-                return
-            copy = copy_project(Path(folder).resolve() / name)
-            if planted:
-                plant(planted, copy)
-            shutil.copyfile(hunt / "test_hunt.py", copy / "test_hunt.py")
-            verdict = "passes" if passes(copy, ["test_hunt.py"], copy) else "fails"
-            expected = "passes" if planted is None else "fails"
-            print(f"test_hunt.py {name}: {verdict} (expected: {expected})")
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, prog="check",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("handed_in", nargs="?", type=Path, help="a folder with one of each student")
+    parser.add_argument("handed_in", type=Path, help="a folder with one of each student")
     parser.add_argument("--output", type=Path, help="a new folder; default: checked-1, -2, ...")
     parser.add_argument("--seconds", type=float, default=60, help="for one test (default 60)")
-    parser.add_argument("--hunt", type=Path, help="a mended hunt, instead of handed_in")
-    parser.add_argument("--bug", help="which bug was planted: as it was given to start.py")
-    parser.add_argument("--seed", default=None)
-    parser.add_argument("--level", type=int, choices=(1, 2, 3))
     args = parser.parse_args(arguments)
-    if (args.hunt is None) == (args.handed_in is None):
-        parser.error("expected a folder of hand-ins, or --hunt and a hunt")
-    folder = args.hunt or args.handed_in
-    if not folder.is_dir():
-        parser.error(f"{folder}: no such folder")
-    if args.hunt:
-        bug = BUGS[choose_bug(args.bug, args.seed, args.level)] if args.bug else None
-        referee(args.hunt.resolve(), bug)
-    else:
-        check_all(args.handed_in, args.output, args.seconds)
+    if not args.handed_in.is_dir():
+        parser.error(f"{args.handed_in}: no such folder")
+    check_all(args.handed_in, args.output, args.seconds)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import traceback
 from pathlib import Path
 
 from bugs import BUGS, plant
-from start import HERE, copy_project
+from hunts import HERE, copy_project
 
 EXAMPLES = ("lm.py", "reward.py", "ppo.py", "judge.py", "sft.py", "tldr.py")
 SECONDS = re.compile(r'[\d.]+ ?(s|min|MB|GB|GiB|it/s)\b')
@@ -85,7 +85,8 @@ def main():
     levels = {} if "--all" in sys.argv else json.loads(path.read_text(encoding="utf-8"))
     levels = {bug.name: levels[bug.name] for bug in BUGS if bug.name in levels}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "datasets", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["torch", "datasets",
+                                     "transformers.models.llama.modeling_llama"])
     clean = seen(context, None)
     if clean != seen(context, None):
         raise SystemExit("levels: two runs without a bug differ, so nothing can be measured")

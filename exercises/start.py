@@ -12,20 +12,16 @@ the files one folder up.
 
 import argparse
 import ast
-import json
-import os
-import random
 import re
 import shutil
-import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
-from bugs import BUGS, plant
+import hunts
 from hard import DOCSTRINGS
+from hunts import HERE, ROOT, copy_project, read, write
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 # In the paper's order: file, function, what it is
 EXERCISES = [("lm.py", "get_log_probs", "log-probs of the tokens, shifted by one"),
              ("lm.py", "get_response_mask", "which tokens of a response are actions"),
@@ -46,30 +42,15 @@ PENCIL = {4: ("3.4", "the last real token of each row", "mask 0 0 1 1 1 0 → in
           12: ("4.1", "(share − p)² = z² p (1 − p) / n", "60 of 90: 0.564 – 0.755")}
 
 
-def read(path):
-    """The lines of a file; utf-8-sig drops the mark that some Windows editors begin a file with."""
-    return path.read_text(encoding="utf-8-sig").split("\n")
-
-
-def write(path, lines):
-    path.write_text("\n".join(lines), encoding="utf-8")
-
-
-def copy_project(folder):
-    """Copy the project's own files, those of engine/ too, so that the folder runs by itself."""
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")):
-        copied = folder / path.relative_to(ROOT)
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copied)
-    # an ini file of its own, or pytest would take the project's for it
-    write(folder / "pytest.ini", ["[pytest]", "pythonpath = .", ""])
-    return folder
+@lru_cache
+def tree_of(text):
+    return ast.parse(text)
 
 
 def find(source, name):
     """The function of that name at the top level of source (lines), or None. Of several it is the
     last one, as for Python."""
-    named = [node for node in ast.parse("\n".join(source)).body
+    named = [node for node in tree_of("\n".join(source)).body
              if isinstance(node, ast.FunctionDef) and node.name == name]
     return named[-1] if named else None
 
@@ -148,45 +129,6 @@ def make_open(folder):
     print(f"two open tasks. Now: cd {folder} && pytest")
 
 
-def make_hunt(folder, bug):
-    """Plant the bug, and lay beside it what a run without any bug says."""
-    run_baseline(folder)
-    plant(bug, folder)
-    shutil.copyfile(HERE / "made/test_hunt.py", folder / "test_hunt.py")
-    shutil.copyfile(HERE / "made/conftest.py", folder / "conftest.py")
-    shutil.copyfile(HERE / "made/hunt.md", folder / "README.md")
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in files:  # or the youngest file would be the one with the bug
-        os.utime(path, (files[0].stat().st_mtime,) * 2)
-    print(f"{folder}: one bug is in there. Its README.md says how to hunt.")
-
-
-def run_baseline(folder):
-    """A short run of all stages, while there is no bug yet: folder/baseline."""
-    command = [sys.executable, "-B", "rlhf_minimal.py", "--fast_dev_run", "--output_dir", "clean"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit("start: `python rlhf_minimal.py --fast_dev_run` fails without a bug; is "
-                         f"all of requirements.txt installed?\n{done.stderr.strip()}")
-    (folder / "baseline").mkdir()
-    write(folder / "baseline/printed.txt", [done.stdout])
-    for name in ("metrics.jsonl", "results.json", "samples.jsonl"):
-        shutil.move(folder / "clean" / name, folder / "baseline" / name)
-    shutil.rmtree(folder / "clean")
-
-
-def choose_bug(text, seed, level=None):
-    """The number of a bug. random: of this level, and without one of level 1 or 2."""
-    if text == "random":
-        measured = json.loads((HERE / "levels.json").read_text(encoding="utf-8"))
-        wanted = [level] if level else [1, 2]
-        numbers = [number for number, bug in enumerate(BUGS) if measured.get(bug.name, 3) in wanted]
-        return random.Random(seed).choice(numbers)
-    if text.isdecimal() and int(text) < len(BUGS):
-        return int(text)
-    raise SystemExit(f"start: --bug {text}: expected 0 .. {len(BUGS) - 1}, or random")
-
-
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, prog="start",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,7 +146,7 @@ def main(arguments=None):
         parser.error("--bug, --open and --exercise (or --hard) make different folders: name one")
     if args.level and args.bug != "random":
         parser.error("--level goes with --bug random")
-    bug = None if args.bug is None else BUGS[choose_bug(args.bug, args.seed, args.level)]
+    bug = None if args.bug is None else hunts.choose_bug(args.bug, args.seed, args.level)
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise SystemExit(f"start: {args.folder} is not empty: nothing is ever overwritten; name "
                          "another folder")
@@ -212,7 +154,7 @@ def main(arguments=None):
     copy_project(args.folder)
     write(args.folder / "requirements.txt", requirements())
     if bug:
-        make_hunt(args.folder, bug)
+        hunts.make(args.folder, bug)
     elif args.open:
         make_open(args.folder)
     else:

@@ -1,24 +1,23 @@
 """exercises/start.py: what it blanks, what it leaves alone, and that its tests know the answers."""
 
 import ast
-import importlib
 import json
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 import check
+import hunts
 import start
-import test_exercises
 from bugs import BUGS, plant
-from open_answers import WRONG_OPEN
-from start import EXERCISES, NUMBERS, ROOT, copy_project
+from hunts import ROOT, copy_project
+from start import EXERCISES, NUMBERS
 from test_bugs import TESTS, python_files, run_tests  # noqa: F401 (a fixture)
-from wrong_answers import RIGHT, WRONG
 
 
 def lines_of(folder, number):
@@ -47,7 +46,7 @@ def test_one_blank(number, tmp_path):
     assert blank == [*real[: len(blank) - 1],
                      f'    raise NotImplementedError("Exercise {number}: {title}")']
     kept, given = ("\n".join(lines) for lines in (
-        start.without_example(start.read(ROOT / file)), start.read(tmp_path / "one" / file)))
+        start.without_example(hunts.read(ROOT / file)), hunts.read(tmp_path / "one" / file)))
     assert kept.replace("\n".join(real), "") == given.replace("\n".join(blank), ""), "only that one"
 
 
@@ -105,7 +104,7 @@ def test_git_add_loses_no_work_in_silence():
 
 @pytest.mark.parametrize("number", [0, 40, 50, len(BUGS) - 1])  # 40: a file of engine/
 def test_a_bug_is_planted_and_not_named(number, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(start, "run_baseline", lambda folder: None)
+    monkeypatch.setattr(hunts, "run_baseline", lambda folder: None)
     start.main([str(tmp_path / "hunt"), "--bug", str(number)])
     bug = BUGS[number]
     (name,) = differing(tmp_path / "hunt")
@@ -123,15 +122,15 @@ def test_a_bug_is_planted_and_not_named(number, tmp_path, capsys, monkeypatch):
 
 
 def test_a_random_bug_is_that_of_its_seed_and_level():
-    chosen = [start.choose_bug("random", str(seed)) for seed in range(40)]
-    assert chosen == [start.choose_bug("random", str(seed)) for seed in range(40)]
+    chosen = [hunts.choose_bug("random", str(seed)).name for seed in range(40)]
+    assert chosen == [hunts.choose_bug("random", str(seed)).name for seed in range(40)]
     assert len(set(chosen)) > 20
     levels = json.loads((ROOT / "exercises" / "levels.json").read_text(encoding="utf-8"))
     assert set(levels) == {bug.name for bug in BUGS}, "run exercises/levels.py"
-    assert {levels[BUGS[n].name] for n in chosen} == {1, 2}
+    assert {levels[name] for name in chosen} == {1, 2}
     for level in (1, 2, 3):
-        some = {start.choose_bug("random", str(seed), level) for seed in range(40)}
-        assert {levels[BUGS[n].name] for n in some} == {level}
+        some = {hunts.choose_bug("random", str(seed), level).name for seed in range(40)}
+        assert {levels[name] for name in some} == {level}
 
 
 @pytest.mark.parametrize("arguments", [["--exercise", "13"], ["--exercise", "0"], ["--bug", "999"],
@@ -157,87 +156,6 @@ def test_help_needs_no_torch():
                            "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "--exercise" in done.stdout
     assert not re.search(r"\b(torch|transformers)\b", done.stderr)
-
-
-# ---------------------------------------------------------------------------- answers
-
-
-def answered(answer, folder):
-    """The module of an exercise and its function as this answer has it, in a file of its own."""
-    file, name, _ = EXERCISES[answer.number - 1]
-    node = start.find(start.read(ROOT / file), name)
-    text = "\n".join(lines_of(ROOT, answer.number))
-    if answer.old is None:
-        docstring = node.body[0].end_lineno - start.first_line(node) + 1
-        text = "\n".join([*text.split("\n")[:docstring], f"    {answer.new}"])
-    else:
-        assert text.count(answer.old) == 1, f"{answer.name}: write the entry anew"
-        text = text.replace(answer.old, answer.new)
-    path = folder / f"answer_{answer.number}.py"
-    path.write_text(text, encoding="utf-8")
-    module = importlib.import_module(file.removesuffix(".py"))
-    names = dict(vars(module))
-    exec(compile(text, str(path), "exec"), names)
-    return module, name, names[name]
-
-
-def told(answer, folder, monkeypatch):
-    """What the tests of its exercise say to an answer: the message of each one that fails."""
-    module, name, function = answered(answer, folder)
-    messages = []
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, function)
-        for test_name, test in vars(test_exercises).items():
-            if test_name.startswith(f"test_exercise_{answer.number:02}"):
-                try:
-                    test()
-                except pytest.fail.Exception as failure:  # any other exception fails this test
-                    messages.append(str(failure))
-    return messages
-
-
-# What a message may say of any answer, since it only shows what came out
-SHOWN = r"You (get a \w+Error|return \[)"
-
-
-@pytest.mark.parametrize("number", NUMBERS)
-def test_no_wrong_answer_passes_and_none_is_told_of_another(number, tmp_path, monkeypatch):
-    named = 0
-    some = [answer for answer in WRONG if answer.number == number]
-    for answer in some:
-        messages = told(answer, tmp_path, monkeypatch)
-        assert messages, f"{answer.name} passes"
-        assert all("Expected: " in message for message in messages), messages
-        said = [message for message in messages if message.startswith("You ")]
-        right = [message for message in said if answer.said and re.search(answer.said, message)]
-        named += bool(right)
-        assert bool(right) == bool(answer.said), f"{answer.name}: {messages}"
-        others = [message for message in said
-                  if message not in right and not re.match(SHOWN, message)]
-        assert not others, f"{answer.name} is told something else: {others}"
-    assert len(some) >= 10 and named >= 0.7 * len(some)
-
-
-@pytest.mark.parametrize("answer", RIGHT, ids=lambda answer: f"{answer.number} {answer.name}")
-def test_unusual_right_answers_pass(answer, tmp_path, monkeypatch):
-    assert told(answer, tmp_path, monkeypatch) == []
-
-
-def test_no_two_mistakes_look_alike(monkeypatch):
-    """Else one who made the one would be told the other."""
-    tables = []
-    monkeypatch.setattr(test_exercises, "check", lambda result, expected, mistakes=(), otherwise="":
-                        tables.append((expected, list(mistakes))))
-    for name, test in vars(test_exercises).items():
-        if name.startswith("test_exercise_"):
-            test()
-    assert sum(len(mistakes) for _, mistakes in tables) > 100
-    for expected, mistakes in tables:
-        for i, (wrong, what) in enumerate(mistakes):
-            assert not test_exercises.is_like(test_exercises.t(wrong), expected), what
-            for other, why in mistakes[:i]:
-                alike = test_exercises.is_like(test_exercises.t(wrong), other)
-                assert not alike or what == why, f"{what} or {why}"
 
 
 # ---------------------------------------------------------------------------- a class is marked
@@ -290,7 +208,7 @@ def test_only_the_function_is_taken_from_what_is_handed_in(tmp_path):
 
 
 def test_what_a_function_needs_comes_with_it(tmp_path):
-    """A helper, what that needs, an import, a file of one's own, a byte order mark, Windows ends."""
+    """A helper, what that needs, an import, a file of one's own; with a byte order mark."""
     before = ("from math import sqrt\nimport mine\nfrom mine import deep\nEPS = 1e-8\n"
               "UNUSED = 1 / 0\n\n\ndef root(x):\n    return helper(x) ** .5\n\n\n"
               "def helper(x, eps=EPS):\n    return x + eps\n\n\ndef masked_mean(x, mask):\n"
@@ -302,7 +220,7 @@ def test_what_a_function_needs_comes_with_it(tmp_path):
     (ada / "mine.py").write_text("def f(*x):\n    return x\n\n\ndeep = f\n", encoding="utf-8")
     files, blanks, said = taken(ada, tmp_path)
     assert 8 not in blanks and "exercise 8: taken from ppo.py, with" in said
-    for needed in ("from math import sqrt", "import mine", "EPS = 1e-8", "def root(x)", "def helper"):
+    for needed in ("from math import sqrt", "import mine", "EPS = 1e-8", "def root", "def helper"):
         assert needed in files["ppo.py"]
     assert files["ppo.py"].index("EPS = 1e-8") < files["ppo.py"].index("def helper")
     assert "1 / 0" not in files["ppo.py"] and "def masked_mean" not in files["ppo.py"]
@@ -351,7 +269,7 @@ def test_a_check_never_marks_old_code(tmp_path, monkeypatch, capsys):
     assert "bob.zip: no folder, so it is not marked" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="is there already"):
         check.main(["class", "--output", "checked-1"])
-    for wrong in (["nowhere"], [], ["class", "--hunt", "class"]):
+    for wrong in (["nowhere"], []):
         with pytest.raises(SystemExit) as stop:
             check.main(wrong)
         assert stop.value.code
@@ -370,7 +288,8 @@ def test_a_class_is_marked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT, tmp_path / "class" / "ada", ignore=lambda *_: {".git", "tests", "runs"})
     hand_in(tmp_path / "class" / "bob", {2: "    while True:\n        pass\n",
-                                        8: "    return x\n", 12: "    import os\n    os._exit(3)\n"})
+                                        8: "    return x\n",
+                                        12: "    import os\n    os._exit(3)\n"})
     hand_in(tmp_path / "class" / "cy", {8: "    return x * BAD\n"}, "BAD = 1 / 0\n")
     hand_in(tmp_path / "class" / "di" / "my_exercises", {8: "    return x\n"})
     check.main(["class", "--seconds", "20"])
@@ -406,12 +325,12 @@ def test_a_hunt_has_a_baseline_and_a_referee(tmp_path, capsys):
     assert (tmp_path / "hunt" / "baseline" / "metrics.jsonl").stat().st_size > 100
     assert not (tmp_path / "hunt" / "clean").exists()
     capsys.readouterr()
-    check.main(["--hunt", str(tmp_path / "hunt"), "--bug", str(number)])
+    hunts.main([str(tmp_path / "hunt"), "--bug", str(number)])
     said = capsys.readouterr().out
     assert "not mended yet" in said and "with the bug: passes (expected: fails)" in said
     assert "lambda" not in said and "ppo" not in said, "no answer is given away"
     shutil.copyfile(ROOT / "ppo.py", tmp_path / "hunt" / "ppo.py")
-    check.main(["--hunt", str(tmp_path / "hunt")])
+    hunts.main([str(tmp_path / "hunt")])
     assert "the folder: mended" in capsys.readouterr().out
 
 
@@ -451,56 +370,24 @@ def test_the_readme_counts_and_names_them_right():
     of_notebook = sum("(notebook)" in bug.name for bug in BUGS)
     front = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"**{len(BUGS)} realistic bugs" in front and f"{of_notebook} of the notebook's" in front
-    referee = re.search(r"pytest -o pythonpath=hunt tests/test_\{([a-z,]+)\}\.py", readme)[1]
-    assert {f"test_{name}.py" for name in referee.split(",")} == {
+    assert {Path(name).name for name in hunts.REFEREE} == {
         name for names in TESTS.values() for name in names}
-    number = int(re.search(r"`--bug (\d+)`", readme)[1])
-    assert BUGS[number].name == "the score is paid at every token (notebook)"
     for number, (file, name, _) in enumerate(EXERCISES, 1):
         assert f"| {number} | `{file[:-3]}.{name}` |" in readme
+
+
+def test_ninety_minutes_add_up():
+    minutes = {int(number): int(n) for number, n in re.findall(
+        r"^\| (\d+) \| `.*?\| (\d+) \|", (ROOT / "exercises/README.md").read_text("utf-8"), re.M)}
+    assert set(minutes) == set(NUMBERS)
+    plan = (ROOT / "exercises/teaching.md").read_text(encoding="utf-8").split("## 90 minutes")[1]
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", plan, re.M)
+    assert sum(int(n) for n, _ in rows) == 90
+    for n, what in rows:
+        number = re.match(r"exercise (\d+)", what)
+        assert not number or int(n) == minutes[int(number[1])], what
 
 
 def test_every_exercise_has_bugs_to_find():
     assert {number for number, _ in BUGS_OF_EXERCISES} == set(NUMBERS)
 
-
-# ---------------------------------------------------------------------------- the open tasks
-
-
-def told_of_open(source, folder, monkeypatch):
-    """The messages of the open tasks' tests to the functions in source."""
-    (folder / "open_tasks.py").write_text(source, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(ROOT / "exercises" / "made"))
-    monkeypatch.syspath_prepend(str(folder))
-    for name in ("open_tasks", "test_open_tasks"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    messages = []
-    for name, test in vars(importlib.import_module("test_open_tasks")).items():
-        if name.startswith("test_"):
-            try:
-                test()
-            except pytest.fail.Exception as failure:
-                messages.append(f"{name}: {failure}")
-            except (AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
-                messages.append(f"{name}: {error}")
-    return messages
-
-
-def test_the_open_tasks_have_answers(tmp_path, monkeypatch):
-    source = (ROOT / "tests" / "open_answers.py").read_text(encoding="utf-8")
-    assert told_of_open(source, tmp_path, monkeypatch) == []
-
-
-@pytest.mark.parametrize("what, old, new", WRONG_OPEN, ids=lambda text: text[:20])
-def test_the_open_tasks_refuse(what, old, new, tmp_path, monkeypatch):
-    source = (ROOT / "tests" / "open_answers.py").read_text(encoding="utf-8").split("\n# (what")[0]
-    assert source.count(old) == 1
-    assert told_of_open(source.replace(old, new), tmp_path, monkeypatch), f"{what} passes"
-
-
-def test_open_folder(tmp_path):
-    start.main([str(tmp_path / "open"), "--open"])
-    assert (tmp_path / "open" / "ppo.py").read_bytes() == (ROOT / "ppo.py").read_bytes()
-    blank = (tmp_path / "open" / "open_tasks.py").read_text(encoding="utf-8")
-    assert blank.count("NotImplementedError") == 2
-    assert not (tmp_path / "open" / "open_answers.py").exists()

@@ -113,8 +113,8 @@ def update(clip_range=0.2, epochs=4, lr=0.5, loss=None):
 def test_ppo_old_log_probs_are_those_that_sampled():
     _, seen, fractions = update()
     if len(seen) != 4 or not isinstance(fractions, list) or len(fractions) != 4:
-        fail(f"{len(seen)} calls of the loss, and {fractions}.\nExpected: one a pass, 4; and a list "
-             "of 4 clip fractions")
+        fail(f"{len(seen)} calls of the loss, and {fractions}.\nExpected: one a pass, 4; and a "
+             "list of 4 clip fractions")
     log_probs, old, *_ = seen[0]
     if not torch.allclose(log_probs, old):
         fail("in the first pass the ratio is not 1.\nExpected: it is: nothing has changed yet")
@@ -133,8 +133,8 @@ def test_ppo_advantages_are_whitened_once():
     expected = torch.where(torch.eye(4).flatten() == 1, 3**0.5, -(3**-0.5)).double()
     for log_probs, _, advantages, mask, clip_range in seen:
         if not torch.allclose(advantages.flatten(), expected, atol=1e-6):
-            fail(f"your advantages are {advantages.flatten().tolist()}\nExpected: whitened rewards, "
-                 f"{expected.tolist()}")
+            fail(f"your advantages are {advantages.flatten().tolist()}\nExpected: whitened "
+                 f"rewards, {expected.tolist()}")
         if not (mask != 0).all() or clip_range != 0.2 or log_probs.shape != advantages.shape:
             fail("Expected: a mask of ones, all tensors in one shape, and clip_range as given")
 
@@ -143,8 +143,8 @@ def test_ppo_learns_and_is_held():
     policy, _, fractions = update(epochs=60)
     right = policy(torch.eye(4, dtype=torch.float64)).exp().diagonal()
     if not (right > 0.27).all():
-        fail(f"after 60 passes the right actions have {right.tolist()}\nExpected: more than the 1/4 "
-             "that they began with")
+        fail(f"after 60 passes the right actions have {right.tolist()}\nExpected: more than the "
+             "1/4 that they began with")
     if fractions[0] != 0 or not fractions[-1] > 0:
         fail(f"clip fractions {fractions[0]:.2f} ... {fractions[-1]:.2f}\nExpected: 0 at first, "
              "since the ratio is 1, and more at the end")
