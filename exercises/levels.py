@@ -12,6 +12,7 @@ Not for Windows without WSL: a process that has imported everything is forked fo
 import contextlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -26,6 +27,7 @@ from hunts import HERE, copy_project
 
 EXAMPLES = ("lm.py", "reward.py", "ppo.py", "judge.py", "sft.py", "tldr.py")
 SECONDS = re.compile(r'[\d.]+ ?(s|min|MB|GB|GiB|it/s)\b')
+NUMBER = re.compile(r"(-?\d+\.?\d*(?:e-?\d+)?)")  # in brackets: split keeps them, at odd places
 
 
 def printed(path, arguments):
@@ -72,12 +74,20 @@ def seen(context, bug):
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else [[], ["hangs"]]
 
 
+def alike(a, b):
+    """The same text, but for numbers that differ by rounding: nobody would see that."""
+    ours, theirs = NUMBER.split(a), NUMBER.split(b)
+    return len(ours) == len(theirs) and all(
+        x == y or (i % 2 and math.isclose(float(x), float(y), rel_tol=1e-3, abs_tol=1e-6))
+        for i, (x, y) in enumerate(zip(ours, theirs)))
+
+
 def first_difference(ours, theirs):
-    for a, b in zip(ours, theirs):
-        if a != b:
-            lines = zip([*a.split("\n"), ""], [*b.split("\n"), ""])
-            return next(((x, y) for x, y in lines if x != y), ("", "more is printed"))
-    return "", "another number of lines"
+    """The first pair of lines that are not alike; None if there is none."""
+    ours, theirs = "\n".join(ours).split("\n"), "\n".join(theirs).split("\n")
+    for a, b in zip([*ours, ""], [*theirs, ""]):
+        if not alike(a, b):
+            return a, b
 
 
 def main():
@@ -93,14 +103,14 @@ def main():
     for bug in BUGS:
         if bug.name not in levels:
             now = seen(context, bug)
-            level = 1 if now[0] != clean[0] else 2 if now[1] != clean[1] else 3
+            differences = [first_difference(clean[i], now[i]) for i in range(2)]
+            level = 1 if differences[0] else 2 if differences[1] else 3
             levels[bug.name] = level
             path.write_text(json.dumps(levels, indent=1, ensure_ascii=False) + "\n",
                             encoding="utf-8")
             print(level, bug.name, flush=True)
             if level < 3:
-                print("    without: {}\n    with:    {}".format(
-                    *first_difference(clean[level - 1], now[level - 1])), flush=True)
+                print("    without: {}\n    with:    {}".format(*differences[level - 1]), flush=True)
 
 
 if __name__ == "__main__":

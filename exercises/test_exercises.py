@@ -42,20 +42,32 @@ def changed(before, now):
     return False
 
 
+def call(function, *arguments):
+    """(what the function gives, the exception it stops with); one of them is None."""
+    try:
+        return function(*arguments), None
+    except Exception as error:
+        return None, error
+
+
+def stopped(function, error):
+    """What to say of an exception: its type, and the line of theirs that it comes from."""
+    file = inspect.unwrap(function).__code__.co_filename
+    lines = [f" in line {frame.lineno}, `{frame.line}`"
+             for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"get a {type(error).__name__}{lines[-1] if lines else ''}: {error}"
+
+
 def ask(function, *arguments, results=1):
     """What the function gives. In words where it stops, gives nothing, gives no tensor (results=1)
     or not two things (2), or changes what it was given. results=0: it may give anything."""
     before = [x.detach().clone() if isinstance(x, torch.Tensor) else copy.copy(x)
               for x in arguments]
-    try:
-        result = function(*arguments)
-    except NotImplementedError as error:
+    result, error = call(function, *arguments)
+    if isinstance(error, NotImplementedError):
         fail(f"{error} (still blank)")
-    except Exception as error:
-        theirs = inspect.unwrap(function).__code__.co_filename
-        lines = [f" in line {frame.lineno}, `{frame.line}`" for frame
-                 in traceback.extract_tb(error.__traceback__) if frame.filename == theirs]
-        you(f"get a {type(error).__name__}{lines[-1] if lines else ''}: {error}", "a result")
+    if error:
+        you(stopped(function, error), "a result")
     if result is None:
         you("return None: there is no `return` at the end, or it returns nothing.", "a result")
     if results == 2 and not (isinstance(result, tuple) and len(result) == 2):
@@ -687,17 +699,13 @@ def pairwise(*arguments):
 
 def refuses(arguments, what, expected):
     """judge_pairwise has to raise ValueError."""
-    try:
-        outcomes = judge.judge_pairwise(*arguments)
-    except ValueError:
-        return
-    except NotImplementedError as error:
+    outcomes, error = call(judge.judge_pairwise, *arguments)
+    if isinstance(error, NotImplementedError):
         fail(f"{error} (still blank)")
-    except Exception as error:
-        you(f"get a {type(error).__name__}, {error}: {what}", expected)
-    if outcomes is None:
-        you("return None: there is no `return` at the end, or it returns nothing.", "a list")
-    you(f"return {outcomes}: {what}", expected)
+    if error is None:
+        you(f"return {outcomes}: {what}", expected)
+    if not isinstance(error, ValueError):
+        you(f"{stopped(judge.judge_pairwise, error)}; {what}", expected)
 
 
 def test_exercise_11_a_judge_that_looks_at_the_place():

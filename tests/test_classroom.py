@@ -287,9 +287,9 @@ def test_a_class_is_marked(tmp_path, monkeypatch, capsys):
     """Ada has all, Bob a loop without end and a wrong one, Cy can't be imported, Di is nested."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT, tmp_path / "class" / "ada", ignore=lambda *_: {".git", "tests", "runs"})
-    hand_in(tmp_path / "class" / "bob", {2: "    while True:\n        pass\n",
-                                        8: "    return x\n",
-                                        12: "    import os\n    os._exit(3)\n"})
+    hand_in(tmp_path / "class" / "bob", {1: "    import os\n    os._exit(3)\n",
+                                        2: "    while True:\n        pass\n",
+                                        8: "    return x\n", 12: "    return '×', 1\n"})
     hand_in(tmp_path / "class" / "cy", {8: "    return x * BAD\n"}, "BAD = 1 / 0\n")
     hand_in(tmp_path / "class" / "di" / "my_exercises", {8: "    return x\n"})
     check.main(["class", "--seconds", "20"])
@@ -297,12 +297,12 @@ def test_a_class_is_marked(tmp_path, monkeypatch, capsys):
     marks = {name: (words[:-1], words[-1]) for name, *words in rows[1:]}
     assert marks["ada"] == (["pass"] * 12, "12")
     expected = ["blank"] * 12
-    expected[1], expected[7], expected[11] = "time", "fail", "stopped"
+    expected[0], expected[1], expected[7], expected[11] = "stopped", "time", "fail", "fail"
     assert marks["bob"] == (expected, "0")
     assert marks["cy"][0][7] == "stopped" and marks["cy"][1] == "0"
     assert marks["di"][0][7] == "fail"
     log = (tmp_path / "checked-1" / "bob.log").read_text()
-    assert "You do not subtract the mean" not in log and "0 of 12 done" in log
+    assert "0 of 12 done" in log and "still blank" not in log and "During handling" not in log
 
 
 @pytest.mark.slow
@@ -310,12 +310,12 @@ def test_folders_beside_each_other_are_tested_on_their_own_files(tmp_path):
     """From the folder above them, where no ini file says so; and what is done is counted."""
     start.main([str(tmp_path / "six"), "--exercise", "6"])
     start.main([str(tmp_path / "eight-nine"), "--exercise", "8", "9"])
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "six", "eight-nine"], cwd=tmp_path,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--tb=line", "six", "eight-nine"],
+                          cwd=tmp_path, capture_output=True, text=True)
     assert "six: 0 of 1 done; not yet: 6" in done.stdout, done.stdout
-    assert "eight-nine: 0 of 2 done; not yet: 8 9" in done.stdout
-    failed = set(re.findall(r"FAILED (\S+)/test_exercises.py::test_exercise_(\d\d)", done.stdout))
-    assert failed == {("six", "06"), ("eight-nine", "08"), ("eight-nine", "09")}
+    assert "eight-nine: 0 of 2 done; not yet: 8 9" in done.stdout, done.stdout
+    found = set(re.findall(r"Exercise (\d+):", done.stdout))
+    assert found == {"6", "8", "9"} and "10 failed" in done.stdout, "each on its own files"
 
 
 @pytest.mark.slow
