@@ -87,7 +87,12 @@ def passes(folder, tests, cwd):
     """Do all of these tests pass on the files of folder? Nothing else is said."""
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
                "-m", "not slow and not bugs", "-o", f'pythonpath="{folder}"', *tests]
-    return subprocess.run(command, cwd=cwd, capture_output=True, timeout=600).returncode == 0
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, cwd=cwd, env=one_core, capture_output=True, timeout=900)
+    except subprocess.TimeoutExpired:  # a loop without end, say
+        return False
+    return done.returncode == 0
 
 
 def referee(hunt, bug):
