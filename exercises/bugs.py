@@ -390,10 +390,12 @@ BUGS = [
         "            x[best] for x in (log_probs, ref_log_probs, values))\n"
         "        rewards = kl_penalized_rewards(scores,",
         "best.of|is not summary",
-        "the reward that is logged is too good, and does not rise", "3.4, G.3"),
+        "with several summaries a post, the reward that is logged is too good, and does not rise",
+        "3.4, G.3"),
     Bug("rollouts are drawn at temperature 1, whatever is set (notebook)", "ppo.py",
         "config.temperature, generator, config.rollout", "1.0, generator, config.rollout",
-        "temperature", "samples come from another policy than the log-probs", "3.4"),
+        "temperature", "at any other temperature, samples come from another policy than the "
+        "log-probs", "3.4"),
     Bug("advantages are not whitened", "ppo.py",
         "        whiten_batch(batch)\n", "", "whiten",
         "the best learning rate depends on the scale of the rewards", "silent; N+ 25"),
