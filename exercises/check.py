@@ -35,8 +35,9 @@ def definitions(source):
             found[node.name] = node
         elif not (isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)):
             for part in ast.walk(node):
-                if isinstance(part, ast.alias):
-                    found[part.asname or part.name.split(".")[0]] = node
+                if isinstance(part, ast.alias):  # a star may be any name: keep each of them
+                    name = part.asname or part.name.split(".")[0]
+                    found[f"*{node.lineno}" if name == "*" else name] = node
                 elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
                     found[part.id] = node
     return found
@@ -54,7 +55,7 @@ def text_of(source, node):
 def helpers(node, theirs, ours):
     """The statements of their file that node needs and ours lacks, in the order of their file."""
     defined, known = definitions(theirs), definitions(ours)
-    needed, left = {}, names_read(node)
+    needed, left = {}, names_read(node) | {name for name in defined if name[0] == "*"}
     while left:
         name = left.pop()
         if name in defined and name not in known and name not in needed:
@@ -101,13 +102,13 @@ def put_in(number, handed_in, fresh):
         raise ValueError(f"no function {name} in {file}")
     ours = read(fresh / file)
     needed = helpers(found, theirs, ours)
-    for other in needed:
-        bring_modules(other, handed_in, fresh)
+    for other in [*needed, found]:
+        for part in ast.walk(other):  # an import may stand inside a function, too
+            bring_modules(part, handed_in, fresh)
     ours = read(fresh / file)  # it may have got something from another file
     node = find(ours, name)
-    brought = [line for other in needed for line in [*text_of(theirs, other), "", ""]]
-    write(fresh / file, [*ours[: first_line(node) - 1], *brought, *text_of(theirs, found),
-                         *ours[node.end_lineno :]])
+    brought = [line for other in [*needed, found] for line in text_of(theirs, other)]
+    write(fresh / file, [*ours[: first_line(node) - 1], *brought, *ours[node.end_lineno :]])
     if "NotImplementedError" in names_read(found):
         return "blank"
     return f"taken from {file}" + (f", with {len(needed)} things it needs" if needed else "")

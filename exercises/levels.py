@@ -110,7 +110,8 @@ def main():
                             encoding="utf-8")
             print(level, bug.name, flush=True)
             if level < 3:
-                print("    without: {}\n    with:    {}".format(*differences[level - 1]), flush=True)
+                without, now = differences[level - 1]
+                print(f"    without: {without}\n    with:    {now}", flush=True)
 
 
 if __name__ == "__main__":

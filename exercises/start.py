@@ -65,8 +65,8 @@ def blank(source, number, hard=False):
     there is one without the formula instead."""
     _, name, title = EXERCISES[number - 1]
     node = find(source, name)
-    words, end = node.body[0], node.body[0].end_lineno  # the docstring
-    docstring = source[words.lineno - 1 : end]
+    words = node.body[0]
+    docstring = source[words.lineno - 1 : words.end_lineno]
     if hard:
         docstring = f'    """{DOCSTRINGS[name].strip()}\n    """'.split("\n")
     return [*source[: words.lineno - 1], *docstring,

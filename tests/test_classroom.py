@@ -210,13 +210,15 @@ def test_only_the_function_is_taken_from_what_is_handed_in(tmp_path):
 def test_what_a_function_needs_comes_with_it(tmp_path):
     """A helper, what that needs, an import, a file of one's own; with a byte order mark."""
     before = ("from math import sqrt\nimport mine\nfrom mine import deep\nEPS = 1e-8\n"
+              "from cmath import *\n"
               "UNUSED = 1 / 0\n\n\ndef root(x):\n    return helper(x) ** .5\n\n\n"
               "def helper(x, eps=EPS):\n    return x + eps\n\n\ndef masked_mean(x, mask):\n"
               "    return 0\n\n")
-    ada = hand_in(tmp_path / "ada", {8: "    return mine.f(deep(root(sqrt(x))), masked_mean)\n"},
-                  before, encoding="utf-8-sig")
+    text = "    from other import g\n    return mine.f(deep(root(sqrt(x))), masked_mean)\n"
+    ada = hand_in(tmp_path / "ada", {8: text}, before, encoding="utf-8-sig")
     path = ada / "ppo.py"
     path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    (ada / "other.py").write_text("g = 1\n", encoding="utf-8")
     (ada / "mine.py").write_text("def f(*x):\n    return x\n\n\ndeep = f\n", encoding="utf-8")
     files, blanks, said = taken(ada, tmp_path)
     assert 8 not in blanks and "exercise 8: taken from ppo.py, with" in said
@@ -224,7 +226,7 @@ def test_what_a_function_needs_comes_with_it(tmp_path):
         assert needed in files["ppo.py"]
     assert files["ppo.py"].index("EPS = 1e-8") < files["ppo.py"].index("def helper")
     assert "1 / 0" not in files["ppo.py"] and "def masked_mean" not in files["ppo.py"]
-    assert "mine.py" in files
+    assert "mine.py" in files and "other.py" in files and "from cmath import *" in files["ppo.py"]
 
 
 def test_a_helper_that_was_put_into_another_of_our_files(tmp_path):
