@@ -55,7 +55,7 @@ def stopped(function, error):
     file = inspect.unwrap(function).__code__.co_filename
     lines = [f" in line {frame.lineno}, `{frame.line}`"
              for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
-    return f"get a {type(error).__name__}{lines[-1] if lines else ''}: {error}"
+    return f"get {type(error).__name__}{lines[-1] if lines else ''}: {error}"
 
 
 def ask(function, *arguments, results=1):
@@ -85,9 +85,17 @@ def ask(function, *arguments, results=1):
     return result
 
 
+def numbers_of(result, otherwise="numbers"):
+    """A tensor of float64, from a tensor, a number or a list of numbers."""
+    try:
+        return torch.as_tensor(result).detach().double()
+    except (TypeError, ValueError, RuntimeError):
+        you(f"return {str(result)[:80]}, which is not numbers alone.", otherwise)
+
+
 def is_like(result, numbers):
     """Are these the numbers, and in this shape?"""
-    result, numbers = torch.as_tensor(result).detach().double(), t(numbers)
+    result, numbers = numbers_of(result), t(numbers)
     return result.shape == numbers.shape and torch.allclose(
         result, numbers, atol=2e-4, rtol=0, equal_nan=True)
 
@@ -95,7 +103,7 @@ def is_like(result, numbers):
 def check(result, expected, mistakes=(), otherwise=""):
     """result is expected, or else one of the mistakes [(wrong result, what was done)], or else it
     is shown. otherwise: what is expected, in words."""
-    result = torch.as_tensor(result).detach().double()
+    result = numbers_of(result, otherwise)
     if is_like(result, expected):
         return
     for wrong, what in mistakes:
@@ -112,10 +120,13 @@ def check(result, expected, mistakes=(), otherwise=""):
 
 def gradient(loss, x):
     """d loss / d x, in words where there is none."""
-    if not loss.requires_grad:
+    found = None
+    if loss.requires_grad:
+        (found,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
+    if found is None:
         you("return numbers that carry no gradient (detach, item, a new tensor, no_grad?).",
             "a result that the networks can learn from: loss.backward() has to work")
-    return torch.autograd.grad(loss.sum(), x)[0]
+    return found
 
 
 # ---------------------------------------------------------------------------- 1 log-probs
@@ -277,8 +288,8 @@ class SumOfTokens(torch.nn.Module):
         return (input_ids * attention_mask).sum(1) * self.weight - self.reference_mean
 
 
-# posts and references together have sums 5, 9, 1 and 13, hence scores 2.5, 4.5, .5, 6.5: mean 3.5
-QUERIES, REFERENCES = [[1], [2, 2], [0], [6]], [[4], [4, 1], [1], [7]]
+# posts and references together have sums 5, 9, 2, 13, hence scores 2.5, 4.5, 1, 6.5: mean 3.625
+QUERIES, REFERENCES = [[1], [2, 2], [0], [6]], [[4], [4, 1], [2], [7]]
 
 
 def normalized(times):
@@ -292,6 +303,8 @@ def normalized(times):
     normalize.__wrapped__ = reward.normalize
     for _ in range(times):
         ask(normalize, model, QUERIES, REFERENCES, 0, 3, results=0)
+        if model.reference_mean is None:
+            you("set reference_mean to None.", "a tensor, the mean score")
     for name, weights in model.state_dict().items():
         if name != "reference_mean" and not torch.equal(before[name], weights):
             you(f"changed `{name}` of the reward model.", "reference_mean changes and nothing else:"
@@ -302,29 +315,30 @@ def normalized(times):
 
 
 def test_exercise_05_mean():
-    check(normalized(1).reference_mean, 3.5, [
+    check(normalized(1).reference_mean, 3.625, [
         (0., "have not changed reference_mean: `x = x + 1` on a local name changes no model."),
-        (-3.5, "have the wrong sign: a score has reference_mean taken off."),
-        (14., "took the sum of the scores."),
+        (-3.625, "have the wrong sign: a score has reference_mean taken off."),
+        (14.5, "took the sum of the scores."),
+        (2.666667, "took the first batch only, of 3."),
         (2.5, "took the median."),
-        (2.125, "scored the references without their posts."),
-        (4.5, "took the mean of batch means, of 3 scores and of 1."),
-        (3.833333, "took the mean of batch means, of 3 scores and of 1."),
+        (2.25, "scored the references without their posts."),
+        (4.583333, "took the mean of batch means, of 3 scores and of 1."),
+        (3.916667, "took the mean of batch means, of 3 scores and of 1."),
     ], "the mean score of the references, each read after its post")
 
 
 def test_exercise_05_scores():
     scores = reward.score_summaries(normalized(1), QUERIES, REFERENCES, 0)
-    check(scores, [-1, 1, -3, 3], otherwise=
+    check(scores, [-1.125, .875, -2.625, 2.875], otherwise=
           "after it the references score 0 on average; their spread stays")
 
 
 def test_exercise_05_twice():
     mistakes = [
         (0., "undo it the second time: the new scores have the old mean taken off already."),
-        (7., "double it the second time.")]
+        (7.25, "double it the second time.")]
     once = normalized(1).reference_mean
-    check(normalized(2).reference_mean, 3.5, mistakes if is_like(once, 3.5) else [],
+    check(normalized(2).reference_mean, 3.625, mistakes if is_like(once, 3.625) else [],
           "the mean score, and normalising a second time changes nothing")
 
 
@@ -470,7 +484,7 @@ def test_exercise_07_padding():
 def test_exercise_07_constants():
     values = t([[.5, .6]]).requires_grad_()
     for x in gae(t([[0, 1]]), values, torch.ones(1, 2, dtype=torch.bool)):
-        if x.requires_grad:
+        if getattr(x, "requires_grad", False):
             you("let a gradient through into V.", "constants: the critic must not learn to move its"
                 " own target")
 
@@ -527,7 +541,7 @@ def in_order(loss, share):
     """(loss, share), which is a constant."""
     if isinstance(share, torch.Tensor) and share.requires_grad and not loss.requires_grad:
         you("return the clip fraction first: the order is the other one.", "loss, clip fraction")
-    return loss, torch.as_tensor(share).detach()
+    return loss, numbers_of(share, "the loss and a share")
 
 
 def policy_loss(ratios, advantages, mask, *clip_range):
@@ -693,8 +707,14 @@ def judge_by(verdict):
     return lambda posts, a, b: [verdict(*three) for three in zip(posts, a, b)]
 
 
+def listed(result):
+    if not isinstance(result, (list, tuple, torch.Tensor)):
+        you(f"return a {type(result).__name__}.", "a list, or several results")
+    return list(result)
+
+
 def pairwise(*arguments):
-    return list(ask(judge.judge_pairwise, *arguments, results=0))
+    return listed(ask(judge.judge_pairwise, *arguments, results=0))
 
 
 def refuses(arguments, what, expected):
@@ -765,7 +785,7 @@ def test_exercise_11_unequal_lists():
 
 
 def interval(*arguments):
-    return list(ask(judge.wilson_interval, *arguments, results=0))
+    return listed(ask(judge.wilson_interval, *arguments, results=0))
 
 
 def test_exercise_12_interval():

@@ -54,7 +54,7 @@ def told(answer, folder, monkeypatch):
 
 
 # What a message may say of any answer, since it only shows what came out
-SHOWN = r"You (get a \w+Error|return \[)"
+SHOWN = r"You (get \w+Error|return \[)"
 
 
 @pytest.mark.parametrize("number", NUMBERS)

@@ -131,6 +131,8 @@ WRONG = [
           "    reward_model.reference_mean += mean", "second time"),
     wrong(5, "mean of batch means", SHIFT, "reward_model.reference_mean += torch.stack([part.mean()"
           " for part in scores.split(batch_size)]).mean()", "batch means"),
+    wrong(5, "first batch", SHIFT, SHIFT.replace("scores", "scores[:batch_size]"), "first batch"),
+    wrong(5, "None", SHIFT, "reward_model.reference_mean = None", "to None"),
     wrong(5, "median", SHIFT, SHIFT.replace("mean().", "median()."), "median"),
     wrong(5, "no queries", "score_summaries(reward_model, queries,", "score_summaries(reward_model,"
           " [[] for query in queries],", "without their posts"),
@@ -174,6 +176,13 @@ WRONG = [
           "log_probs)", "changed"),
     wrong(6, "the length of row 0", "last = mask", "last = mask[:1].expand_as(mask)", ""),
     wrong(6, "no return", PAY, PAY.replace("return ", ""), "None"),
+    wrong(6, "cumsum", PAY, "at_end = mask.long().cumsum(1) == mask.sum(1, keepdim=True)\n"
+          "    return rewards + scores[:, None] * at_end"),
+    wrong(6, "edge of the mask", PAY, "edge = torch.zeros_like(mask)\n    edge[:, :-1] = mask[:, "
+          ":-1] & ~mask[:, 1:]\n    return rewards + scores[:, None] * edge"),
+    wrong(6, "clipped score", PAY, PAY.replace("scores[", "scores.clamp(-1, 1)[")),
+    wrong(6, "absolute", KL, KL.replace("log_probs - ref_log_probs", "(log_probs - ref_log_probs)"
+          ".abs()")),
     wrong(6, "reward per summary", PAY, PAY + ".sum(1)", "one reward a summary"),
     # ------------------------------------------------------------------------ 7
     wrong(7, "lambda ignored", NEXT, "delta + gamma * next_advantage", "lambda"),
@@ -201,6 +210,12 @@ WRONG = [
     wrong(7, "returns are sums", GAE, "return advantages, zero_off(mask, rewards.flip(1).cumsum(1)"
           ".flip(1))", "sums of rewards"),
     wrong(7, "one result", GAE, "return advantages", "two"),
+    wrong(7, "None beside it", GAE, "return advantages, None", "not numbers"),
+    wrong(7, "discounted sums", GAE, "total = rewards.clone()\n    for t in reversed(range(total"
+          ".shape[1] - 1)):\n        total[:, t] += gamma * total[:, t + 1]\n"
+          "    return advantages, total", "sums of rewards"),
+    wrong(7, "a constant off", GAE, "return advantages + 1e-2 * mask, zero_off(mask, advantages + "
+          "values)"),
     wrong(7, "gradient", "@torch.no_grad()\n", "", "gradient"),
     wrong(7, "in place", ZEROED, "    rewards[mask == 0] = 0\n" + ZEROED, "changed"),
     wrong(7, "whitened", GAE, "advantages = whiten(advantages, mask)\n    " + GAE, "whitened"),
@@ -223,6 +238,8 @@ WRONG = [
     wrong(8, "no 1e-8", WHITE, WHITE.replace(" + 1e-8", ""), "0 / 0"),
     wrong(8, "1e-8 outside", WHITE, "return zero_off(mask, (x - mean) / (variance.sqrt() + 1e-8))",
           "under the root"),
+    wrong(8, "1e-5", WHITE, WHITE.replace("1e-8", "1e-5")),
+    wrong(8, "first axis", "mean = masked_mean(x, mask)", "mean = x[0][mask[0]].mean()"),
     wrong(8, "not zero", WHITE, "return (x - mean) * torch.rsqrt(variance + 1e-8)", "off the mask"),
     wrong(8, "in place", "x = zero_off(mask, x)", "x *= mask", "changed"),
     wrong(8, "no return", WHITE, WHITE.replace("return ", ""), "None"),
@@ -256,6 +273,13 @@ WRONG = [
     wrong(9, "padding in the share", SHARE, "return loss, (clipped > plain).double().sum() / "
           "mask.numel()", "share"),
     wrong(9, "ties", SHARE, SHARE.replace("clipped > plain", "clipped >= plain"), "strictly"),
+    wrong(9, "no share", SHARE, "return loss, None", "not numbers"),
+    wrong(9, "a new leaf", LOSS, LOSS + "\n    loss = loss.detach().requires_grad_()",
+          "no gradient"),
+    wrong(9, "positive advantages", SHARE, SHARE.replace("clipped > plain", "(clipped > plain) & "
+          "(advantages > 0)")),
+    wrong(9, "1 / (1 + c)", CLIPPED, CLIPPED.replace("1 - clip_range", "1 / (1 + clip_range)")),
+    wrong(9, "clipped detached", CLIPPED, CLIPPED + "\n    clipped = clipped.detach()"),
     wrong(9, "order", SHARE, "return masked_mean((clipped > plain).to(loss.dtype), mask), loss",
           "order"),
     wrong(9, "loss only", SHARE, "return loss", "two"),
@@ -285,6 +309,10 @@ WRONG = [
     wrong(10, "count", SHARE, "return loss, zero_off(mask, (clipped > plain)).sum()", "count"),
     wrong(10, "padding in the share", SHARE, "return loss, (clipped > plain).double().sum() / "
           "mask.numel()", "share"),
+    wrong(10, "half inside", HALVED, "loss = masked_mean(torch.max(0.5 * plain, clipped), mask)",
+          "1/2"),
+    wrong(10, "clipped detached", "clipped = (near_old - returns) ** 2", "clipped = ((near_old - "
+          "returns) ** 2).detach()"),
     wrong(10, "absolute", "plain = (values - returns) ** 2", "plain = (values - returns).abs()"),
     wrong(10, "relative", NEAR, "near_old = values.clamp(old_values * (1 - clip_range), "
           "old_values * (1 + clip_range))", "share of the old"),
@@ -310,6 +338,10 @@ WRONG = [
     wrong(11, "the second isn't looked at", "for verdicts in both_orders:", "for verdicts in "
           "both_orders[:1]:", "second order"),
     wrong(11, "no tie", VOTES, 'float(first == "A" and second == "B")', "tie"),
+    wrong(11, "None for a tie", VOTES, '({("A", "B"): 1.0, ("B", "A"): 0.0}).get((first, second))',
+          "not numbers"),
+    wrong(11, "one number", "return [None if", "return 0.5\n    return [None if", "a float"),
+    wrong(11, "votes in words", VOTES, 'first + second', "not numbers"),
     wrong(11, "any win", VOTES, 'float(first == "A" or second == "B")', "tie"),
     body(11, "zip", "first, second = judge(posts, ours, theirs), judge(posts, theirs, ours)\n"
          "    if (set(first) | set(second)) - {'A', 'B', None}: raise ValueError('verdict')\n"
@@ -329,6 +361,8 @@ WRONG = [
     wrong(12, "second term", HALF, HALF.replace(" + z**2 / (4 * n**2)", ""), r"z\^2"),
     wrong(12, "a whole number of wins", "if n == 0", "if n:\n        share = int(share * n) / n\n"
           "    if n == 0", ""),
+    wrong(12, "one end", "return max(center - half, 0.0), min(center + half, 1.0)",
+          "return center - half", "a float"),
     wrong(12, "order", "return max(center - half, 0.0), min(center + half, 1.0)",
           "return min(center + half, 1.0), max(center - half, 0.0)", "order"),
     wrong(12, "center and half", "return max(center - half, 0.0), min(center + half, 1.0)",
