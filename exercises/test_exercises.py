@@ -87,10 +87,10 @@ def ask(function, *arguments, results=1):
 
 def numbers_of(result, otherwise="numbers"):
     """A tensor of float64, from a tensor, a number or a list of numbers."""
-    try:
-        return torch.as_tensor(result).detach().double()
-    except (TypeError, ValueError, RuntimeError):
+    numbers, error = call(torch.as_tensor, result)
+    if error:
         you(f"return {str(result)[:80]}, which is not numbers alone.", otherwise)
+    return numbers.detach().double()
 
 
 def is_like(result, numbers):
