@@ -134,7 +134,8 @@ BUGS = [
         "least = logits.topk(min(50, logits.shape[-1])).values[:, -1:]\n"
         "    probs = torch.softmax(logits.float().masked_fill(logits < least, -math.inf)\n"
         "                          / temperature, dim=-1)", "top.k",
-        "KL is negative: rollouts are more likely than the policy says", "3.4"),
+        "no curve looks wrong: summaries are less varied than the policy's own log-probs say, so "
+        "ratio and KL are about a policy that never wrote them", "3.4"),
     Bug("top-p drops the token that crosses it", "lm.py",
         "ordered[ordered.cumsum(-1) - ordered >= top_p] = 0",
         "ordered[ordered.cumsum(-1) >= top_p] = 0", "crosses|nothing is left",
@@ -167,7 +168,7 @@ BUGS = [
         "T = input_ids.shape[1] - Q\n",
         "Q = 1  # nothing predicts the first token\n"
         "                T = input_ids.shape[1] - Q\n", "query|over_response_tokens",
-        "a lower loss, and a model that writes posts", "3.4"),
+        "a loss several times too large, and a model that writes posts", "3.4"),
     Bug("the SFT loss counts the padding", "sft.py",
         "adam_step.add(-masked_mean(log_probs, mask)", "adam_step.add(-log_probs.mean()",
         "over_response_tokens|does not use masked_mean", "the loss falls with padding", "3.4"),
@@ -228,7 +229,7 @@ BUGS = [
         "copy its trunk", "training the reward model ruins the policy", "3.4"),
     Bug("dropout is on while scoring", "reward.py",
         "self.trunk = trunk.eval()", "self.trunk = trunk.train()", "dropout",
-        "one text, two scores", "B.1"),
+        "one text, two scores, where a model has dropout", "B.1"),
     Bug("batches are scored in one order and stored in another", "reward.py",
         "scores[rows] = reward_model.score(",
         "scores[start : start + len(rows)] = reward_model.score(", "own place|which score",
@@ -389,10 +390,12 @@ BUGS = [
         "            x[best] for x in (log_probs, ref_log_probs, values))\n"
         "        rewards = kl_penalized_rewards(scores,",
         "best.of|is not summary",
-        "the reward that is logged is too good, and does not rise", "3.4, G.3"),
+        "with several summaries a post, the reward that is logged is too good, and does not rise",
+        "3.4, G.3"),
     Bug("rollouts are drawn at temperature 1, whatever is set (notebook)", "ppo.py",
         "config.temperature, generator, config.rollout", "1.0, generator, config.rollout",
-        "temperature", "samples come from another policy than the log-probs", "3.4"),
+        "temperature", "at any other temperature, samples come from another policy than the "
+        "log-probs", "3.4"),
     Bug("advantages are not whitened", "ppo.py",
         "        whiten_batch(batch)\n", "", "whiten",
         "the best learning rate depends on the scale of the rewards", "silent; N+ 25"),

@@ -1,24 +1,27 @@
 """Make a folder to work in, from the project's own files: blanks to fill, or a bug to find.
 
     python exercises/start.py                          # ./my_exercises, twelve blanks
-    python exercises/start.py ex4 --exercise 4         # one blank
+    python exercises/start.py ex --exercise 6 7 9      # three blanks
+    python exercises/start.py ex --hard                # docstrings without the formula
+    python exercises/start.py open --open              # two tasks that are in none of our files
     python exercises/start.py hunt --bug random --seed 3     # no blank, but one planted bug
-    python exercises/start.py checked/ada --from handed_in/ada    # a teacher's check
 
-See exercises/README.md. Nothing is kept twice: the solutions are the files one folder up.
+See exercises/README.md; check.py marks what comes back. Nothing is kept twice: the solutions are
+the files one folder up.
 """
 
 import argparse
 import ast
-import random
+import re
 import shutil
 import sys
+from functools import lru_cache
 from pathlib import Path
 
-from bugs import BUGS, plant
+import hunts
+from hard import DOCSTRINGS
+from hunts import HERE, ROOT, copy_project, read, write
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 # In the paper's order: file, function, what it is
 EXERCISES = [("lm.py", "get_log_probs", "log-probs of the tokens, shifted by one"),
              ("lm.py", "get_response_mask", "which tokens of a response are actions"),
@@ -32,118 +35,130 @@ EXERCISES = [("lm.py", "get_log_probs", "log-probs of the tokens, shifted by one
              ("ppo.py", "value_loss", "the clipped value loss"),
              ("judge.py", "judge_pairwise", "both orders of every pair"),
              ("judge.py", "wilson_interval", "the interval of a win rate")]
-
-HUNT = '''"""Write here the test that fails on the planted bug, and passes once you have mended it.
-
-Take numbers that you can work out with a pencil. This one passes, and shows the form.
-"""
-
-import torch
-
-from lm import masked_mean
+NUMBERS = range(1, len(EXERCISES) + 1)
+# What the README's map has no row of: section, equation, numbers
+PENCIL = {4: ("3.4", "the last real token of each row", "mask 0 0 1 1 1 0 → index 4"),
+          11: ("4.1", "asked in both orders: 1, ½ or 0", "A and then B → 1, A and A → ½"),
+          12: ("4.1", "(share − p)² = z² p (1 − p) / n", "60 of 90: 0.564 – 0.755")}
 
 
-def test_masked_mean_by_hand():
-    x, mask = torch.tensor([[1.0, 2.0], [6.0, 50.0]]), torch.tensor([[1, 1], [1, 0]])
-    assert masked_mean(x, mask).item() == 3.0  # (1 + 2 + 6) / 3
-'''
-
-
-def copy_project(folder):
-    """Copy the project's own files, those of engine/ too, so that the folder runs by itself."""
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")):
-        copied = folder / path.relative_to(ROOT)
-        copied.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copied)
-    return folder
+@lru_cache
+def tree_of(text):
+    return ast.parse(text)
 
 
 def find(source, name):
-    """The function of that name at the top level of source (lines), or None."""
-    for node in ast.parse("\n".join(source)).body:
-        if isinstance(node, ast.FunctionDef) and node.name == name:
-            return node
+    """The function of that name at the top level of source (lines), or None. Of several it is the
+    last one, as for Python."""
+    named = [node for node in tree_of("\n".join(source)).body
+             if isinstance(node, ast.FunctionDef) and node.name == name]
+    return named[-1] if named else None
 
 
-def blank(source, number):
-    """The lines of a file with the body of exercise `number` replaced; its docstring stays."""
+def first_line(node):
+    """Number of the line where a statement begins, with its decorators."""
+    return min([node.lineno, *(line.lineno for line in getattr(node, "decorator_list", []))])
+
+
+def blank(source, number, hard=False):
+    """The lines of a file with the body of exercise `number` replaced. Its docstring stays; hard:
+    there is one without the formula instead."""
     _, name, title = EXERCISES[number - 1]
     node = find(source, name)
-    start = node.body[0].end_lineno  # the docstring
-    return [*source[:start], f'    raise NotImplementedError("Exercise {number}: {title}")',
+    words = node.body[0]
+    docstring = source[words.lineno - 1 : words.end_lineno]
+    if hard:
+        docstring = f'    """{DOCSTRINGS[name].strip()}\n    """'.split("\n")
+    return [*source[: words.lineno - 1], *docstring,
+            f'    raise NotImplementedError("Exercise {number}: {title}")',
             *source[node.end_lineno :]]
 
 
 def without_example(source):
-    """The lines of a file up to its worked example, which holds parts of the answers."""
-    return source[: source.index('if __name__ == "__main__":')]
+    """The lines of a file up to its worked example, which holds parts of the answers; and without
+    the sentence that announces it."""
+    kept = "\n".join(source[: source.index('if __name__ == "__main__":')])
+    return re.sub(r"\s*`python \w+\.py` prints a worked example\.", "", kept).split("\n")
 
 
-def put_in(source, number, folder):
-    """The lines of a file with the function of exercise `number` as it is in folder: that function
-    and nothing else. It stays blank, with a word about it, where it can't be read."""
-    file, name, _ = EXERCISES[number - 1]
-    try:
-        theirs = (folder / file).read_text(encoding="utf-8").split("\n")
-        found = find(theirs, name)
-        if not found:
-            raise ValueError(f"no function {name}")
-    except (OSError, ValueError, SyntaxError) as error:
-        print(f"exercise {number} stays blank: {folder / file}: {error}")
-        return source
-    node = find(source, name)
-    return [*source[: node.lineno - 1], *theirs[found.lineno - 1 : found.end_lineno],
-            *source[node.end_lineno :]]
+def requirements():
+    """What pip has to install for a made folder: the project's dependencies, and pytest."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    needed = re.search(r"^dependencies = (\[.*?\])", text, re.M | re.S)[1]
+    return [*ast.literal_eval(needed), "pytest", ""]
 
 
-def choose_bug(text, seed):
-    if text == "random":
-        return random.Random(seed).randrange(len(BUGS))
-    if text.isdecimal() and int(text) < len(BUGS):
-        return int(text)
-    raise SystemExit(f"start: --bug {text}: expected 0 .. {len(BUGS) - 1}, or random")
+def pencil_rows(numbers, hard):
+    """A row of the made README for each exercise: from the README's map, or from PENCIL."""
+    rows = [line for line in read(ROOT / "README.md") if line.startswith("| ")]
+    for number in numbers:
+        file, name, _ = EXERCISES[number - 1]
+        found = [row for row in rows if f"`{file[:-3]}.{name}`" in row and "`test_" in row]
+        if number in PENCIL:
+            section, equation, pencil = PENCIL[number]
+        else:
+            _, section, equation, _, _, pencil, _ = re.split(r"(?<!\\) ?\| ?", found[0])
+        pencil = pencil.replace("R as above", "R = (−.01, .025, 1.975)")
+        equation = "–" if hard else equation
+        yield f"| {number} | `{file}`, `{name}` | {section} | {equation} | {pencil} |"
+
+
+def make_blanks(folder, numbers, hard):
+    for file in sorted({EXERCISES[number - 1][0] for number in numbers}):
+        source = without_example(read(folder / file))
+        for number in numbers:
+            if EXERCISES[number - 1][0] == file:
+                source = blank(source, number, hard)
+        write(folder / file, source)
+    shutil.copyfile(HERE / "test_exercises.py", folder / "test_exercises.py")
+    shutil.copyfile(HERE / "hints.md", folder / "hints.md")
+    summary = (HERE / "made/conftest.py").read_text(encoding="utf-8")
+    write(folder / "conftest.py", [summary.replace("range(1, 13)", repr(numbers))])
+    text = (HERE / "made/blanks.md").read_text(encoding="utf-8")
+    text = text.replace("ROWS", "\n".join(pencil_rows(numbers, hard)))
+    write(folder / "README.md", [text.replace("FIRST", f"{numbers[0]:02}")])
+    for number in numbers:
+        print("exercise {:2}: {}: {}, {}".format(number, *EXERCISES[number - 1]))
+    print(f"Now: cd {folder} && pytest -k exercise_{numbers[0]:02}")
+
+
+def make_open(folder):
+    for name in ("open_tasks.py", "test_open_tasks.py", "conftest.py"):
+        shutil.copyfile(HERE / "made" / name, folder / name)
+    shutil.copyfile(HERE / "made/open.md", folder / "README.md")
+    print(f"two open tasks. Now: cd {folder} && pytest")
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, prog="start",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default="my_exercises", type=Path)
-    parser.add_argument("--exercise", type=int, choices=range(1, len(EXERCISES) + 1), metavar="N",
-                        help="blank this one only (1 - 12)")
+    parser.add_argument("--exercise", type=int, nargs="+", choices=NUMBERS, metavar="N",
+                        help="blank these only (1 - 12); default: all")
+    parser.add_argument("--hard", action="store_true", help="docstrings without the formula")
+    parser.add_argument("--open", action="store_true", help="the two open tasks instead of blanks")
     parser.add_argument("--bug", help="a number of exercises/bugs.py, or random")
     parser.add_argument("--seed", help="of --bug random: one seed, one bug", default=None)
-    parser.add_argument("--from", dest="filled", type=Path, metavar="FOLDER",
-                        help="take the functions of the exercises, and only them, from there")
+    parser.add_argument("--level", type=int, choices=(1, 2, 3), help="of --bug random: seen in a "
+                        "worked example, in a short run, or by reading only; default: 1 or 2")
     args = parser.parse_args(arguments)
-    if args.bug is not None and (args.exercise or args.filled):
-        parser.error("--bug goes with neither --exercise nor --from")
-    if args.filled and not args.filled.is_dir():
-        parser.error(f"--from {args.filled}: no such folder")
-    bug = None if args.bug is None else BUGS[choose_bug(args.bug, args.seed)]
+    if (args.bug is not None) + args.open + bool(args.exercise or args.hard) > 1:
+        parser.error("--bug, --open and --exercise (or --hard) make different folders: name one")
+    if args.level and args.bug != "random":
+        parser.error("--level goes with --bug random")
+    bug = None if args.bug is None else hunts.choose_bug(args.bug, args.seed, args.level)
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise SystemExit(f"start: {args.folder} is not empty: nothing is ever overwritten; name "
                          "another folder")
 
     copy_project(args.folder)
-    # an ini file of its own, or pytest would take the project's for it
-    (args.folder / "pytest.ini").write_text("[pytest]\npythonpath = .\n", encoding="utf-8")
+    write(args.folder / "requirements.txt", requirements())
     if bug:
-        plant(bug, args.folder)
-        (args.folder / "test_hunt.py").write_text(HUNT, encoding="utf-8")
-        print(f"{args.folder}: one bug is in there. exercises/README.md says how to hunt.")
-        return
-    shutil.copyfile(HERE / "test_exercises.py", args.folder / "test_exercises.py")
-    numbers = [args.exercise] if args.exercise else range(1, len(EXERCISES) + 1)
-    for file in {EXERCISES[number - 1][0] for number in numbers}:
-        source = without_example((args.folder / file).read_text(encoding="utf-8").split("\n"))
-        for number in numbers:
-            if EXERCISES[number - 1][0] == file:
-                source = blank(source, number)
-                source = put_in(source, number, args.filled) if args.filled else source
-        (args.folder / file).write_text("\n".join(source), encoding="utf-8")
-    for number in numbers:
-        print("exercise {:2}: {}: {}, {}".format(number, *EXERCISES[number - 1]))
-    print(f"Now: cd {args.folder} && pytest -k exercise_{numbers[0]:02}")
+        hunts.make(args.folder, bug)
+    elif args.open:
+        make_open(args.folder)
+    else:
+        make_blanks(args.folder, sorted(set(args.exercise or NUMBERS)), args.hard)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """One group of tests for each exercise: `pytest -k exercise_07`. Every number is done by hand.
 
-A result that comes from a likely mistake is told as that mistake. The project's own tests ask for
-more: shapes that are refused, NaN behind the mask, gradients.
+A result that comes from a likely mistake is told as that mistake: "You ..." is what was done, and
+"Expected: ..." what is wanted. A result that is like none of them is shown beside the right one.
+The project's own tests ask for more: shapes that are refused, and NaN behind the mask.
 """
 
+import copy
+import inspect
 import math
+import traceback
 
 import pytest
 import torch
@@ -15,64 +19,169 @@ import ppo
 import reward
 
 
-def check(result, expected, mistakes=(), otherwise=""):
-    """result is expected, or else one of the mistakes [(wrong result, why)], or else unknown."""
-    result = torch.as_tensor(result).detach().double()
-
-    def is_like(numbers):
-        numbers = torch.tensor(numbers).double()
-        return result.shape == numbers.shape and torch.allclose(
-            result, numbers, atol=2e-4, rtol=0, equal_nan=True)
-
-    if not is_like(expected):
-        for wrong, why in mistakes:
-            if is_like(wrong):
-                pytest.fail(why, pytrace=False)
-        pytest.fail(f"{otherwise}\nshape {tuple(result.shape)}: {result.tolist()}\nexpected "
-                    f"{expected}", pytrace=False)
-
-
 def t(numbers):
     return torch.tensor(numbers, dtype=torch.float64)
 
 
+def fail(message):
+    pytest.fail(message, pytrace=False)
+
+
+def you(what, expected):
+    fail(f"You {what}\nExpected: {expected}")
+
+
+def changed(before, now):
+    """Is a tensor or a list another one than before? Then it is put back, for the next test."""
+    if isinstance(before, torch.Tensor) and not torch.equal(before, now):
+        now.data.copy_(before)
+        return True
+    if isinstance(before, list) and before != now:
+        now[:] = before
+        return True
+    return False
+
+
+def call(function, *arguments):
+    """(what the function gives, the exception it stops with); one of them is None."""
+    try:
+        return function(*arguments), None
+    except Exception as error:
+        return None, error
+
+
+def stopped(function, error):
+    """What to say of an exception: its type, and the line of theirs that it comes from."""
+    file = inspect.unwrap(function).__code__.co_filename
+    lines = [f" in line {frame.lineno}, `{frame.line}`"
+             for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"get {type(error).__name__}{lines[-1] if lines else ''}: {error}"
+
+
+def ask(function, *arguments, results=1):
+    """What the function gives. In words where it stops, gives nothing, gives no tensor (results=1)
+    or not two things (2), or changes what it was given. results=0: it may give anything."""
+    before = [x.detach().clone() if isinstance(x, torch.Tensor) else copy.copy(x)
+              for x in arguments]
+    result, error = call(function, *arguments)
+    if isinstance(error, NotImplementedError):
+        fail(f"{error} (still blank)")
+    if error:
+        you(stopped(function, error), "a result")
+    if result is None:
+        you("return None: there is no `return` at the end, or it returns nothing.", "a result")
+    if results == 2 and not (isinstance(result, tuple) and len(result) == 2):
+        you(f"return one thing, a {type(result).__name__}.", "two results: `return first, second`")
+    first = result[0] if results == 2 else result
+    if results and not isinstance(first, torch.Tensor):
+        kind = type(first).__name__
+        you(f"return a {kind}. No gradient can come back through it." if kind == "float" else
+            f"return a {kind}.", "a tensor")
+    names = list(inspect.signature(function).parameters)
+    for name, old, new in zip(names, before, arguments):
+        if changed(old, new):
+            you(f"changed `{name}`, which belongs to the caller, in place.",
+                f"{name} as it was; make a new one")
+    return result
+
+
+def numbers_of(result, otherwise="numbers"):
+    """A tensor of float64, from a tensor, a number or a list of numbers."""
+    numbers, error = call(torch.as_tensor, result)
+    if error:
+        you(f"return {str(result)[:80]}, which is not numbers alone.", otherwise)
+    return numbers.detach().double()
+
+
+def is_like(result, numbers):
+    """Are these the numbers, and in this shape?"""
+    result, numbers = numbers_of(result), t(numbers)
+    return result.shape == numbers.shape and torch.allclose(
+        result, numbers, atol=2e-4, rtol=0, equal_nan=True)
+
+
+def check(result, expected, mistakes=(), otherwise=""):
+    """result is expected, or else one of the mistakes [(wrong result, what was done)], or else it
+    is shown. otherwise: what is expected, in words."""
+    result = numbers_of(result, otherwise)
+    if is_like(result, expected):
+        return
+    for wrong, what in mistakes:
+        if is_like(result, wrong):
+            you(what, otherwise)
+    if result.numel() == t(expected).numel():
+        if is_like(result.reshape(t(expected).shape), expected):
+            you(f"have the right numbers in the wrong shape, {tuple(result.shape)}.",
+                f"shape {tuple(t(expected).shape)}")
+    rounded = [round(x, 6) for x in result.flatten().tolist()]
+    fail(f"Numbers, of shape {tuple(result.shape)}: {rounded}\nexpected {expected}\n"
+         f"Expected: {otherwise}")
+
+
+def gradient(loss, x):
+    """d loss / d x, in words where there is none."""
+    found = None
+    if loss.requires_grad:
+        (found,) = torch.autograd.grad(loss.sum(), x, allow_unused=True)
+    if found is None:
+        you("return numbers that carry no gradient (detach, item, a new tensor, no_grad?).",
+            "a result that the networks can learn from: loss.backward() has to work")
+    return found
+
+
 # ---------------------------------------------------------------------------- 1 log-probs
 
-LOGITS = t([[[2, 0, 0], [0, 1, 0], [0, 0, 3], [1, 1, 1]]])
-LABELS = torch.tensor([[0, 1, 2, 1]])
-# log(e^2 + 2) = 2.239545; log(e + 2) = 1.551445; log(e^3 + 2) = 3.094923
-LOG_PROBS = [-2.239545, -1.551445, -3.094923]
+LOGITS = t([[[2, 0, 0], [0, 1, 0], [0, 0, 3], [1, 1, 1]],
+            [[1, 0, 0], [0, 0, 2], [1, 1, 0], [0, 2, 0]]])
+LABELS = torch.tensor([[0, 1, 2, 1], [2, 0, 2, 1]])
+# log(e^2 + 2) = 2.239545; log(e + 2) = 1.551445; log(e^3 + 2) = 3.094923; log(2e + 1) = 1.861995
+LOG_PROBS = [[-2.239545, -1.551445, -3.094923], [-.551445, -.239545, -.861995]]
 
 
 def test_exercise_01_shift():
-    check(lm.get_log_probs(LOGITS, LABELS), [LOG_PROBS], [
-        ([[-.239545, -.551445, -.094923, -1.098612]],
-         "logits at p were read at label p: they predict token p + 1"),
-        ([[-.551445, -.094923, -1.098612]],
-         "logits at p were read at label p: they predict token p + 1, so drop the *last* logits "
-         "and the *first* label"),
-        ([[-x for x in LOG_PROBS]], "a log-probability is negative: the sign"),
-        ([[2, 1, 3]], "the logits themselves: log_softmax is missing"),
-        ([[0, 0, 0]], "the logits themselves: log_softmax is missing"),
-    ], "log_softmax of the logits at p, read at token p + 1")
+    own = "read the logits at their own token."
+    check(ask(lm.get_log_probs, LOGITS, LABELS), LOG_PROBS, [
+        ([[-.239545, -.551445, -.094923, -1.098612],
+          [-1.551445, -2.239545, -1.861995, -.239545]], own),
+        ([[-.551445, -.094923, -1.098612], [-2.239545, -1.861995, -.239545]], own),
+        ([[-x for x in row] for row in LOG_PROBS], "have the wrong sign: log-probs are negative."),
+        ([[0, 0, 0], [1, 2, 1]], "give the logits themselves: there is no log_softmax."),
+        ([[.106507, .211942, .045279], [.576117, .786986, .422319]],
+         "give probabilities, without the logarithm."),
+        ([[-1.551445, -3.094923, -1.551445], [-.861995, -.239545, -.551445]],
+         "take the softmax over the positions."),
+    ], "log_softmax over the vocabulary of the logits at p, read at token p + 1: they predict "
+       "token p + 1")
 
 
 def test_exercise_01_temperature():
-    check(lm.get_log_probs(LOGITS, LABELS, .7), [[-2.965876, -1.820142, -4.312870]], [
-        ([LOG_PROBS], "the temperature is not used"),
-        ([[-1.800917, -1.389727, -2.319066]], "the logits were multiplied by the temperature"),
-        ([[-3.199350, -2.216350, -4.421319]], "the log-probs were divided by the temperature: "
-         "divide the logits, or the probabilities no longer sum to 1"),
+    right = [[-2.965876, -1.820142, -4.312870], [-.391570, -.108734, -.806320]]
+    check(ask(lm.get_log_probs, LOGITS, LABELS, .7), right, [
+        (LOG_PROBS, "do not use the temperature."),
+        ([[-1.800917, -1.389727, -2.319066], [-.689727, -.400917, -.914924]],
+         "multiplied the logits by the temperature."),
+        ([[-3.199350, -2.216350, -4.421319], [-.787778, -.342207, -1.231421]],
+         "divided the log-probs by the temperature: their probabilities no longer sum to 1."),
     ], "log_softmax(logits / temperature)")
 
 
 def test_exercise_01_precision():
-    check(lm.get_log_probs(t([[[1e4, 0], [0, 0]]]), torch.tensor([[0, 1]])), [[-1e4]], [
-        ([[-math.inf]], "log(softmax(x)) is -inf for an unlikely token: use log_softmax"),
-    ], "an unlikely token")
+    check(ask(lm.get_log_probs, t([[[1e4, 0], [0, 0]]]), torch.tensor([[0, 1]])), [[-1e4]], [
+        ([[-math.inf]], "take the logarithm of a softmax: it is -inf for an unlikely token."),
+    ], "log_softmax, which is finite")
     half = torch.tensor([[[20, 19.5, 3], [0, 0, 0]]], dtype=torch.bfloat16)
-    check(lm.get_log_probs(half, torch.tensor([[0, 1]])), [[-.974077]], otherwise=
-          "log_softmax in bfloat16 is off in the third digit: go to float32 first")
+    check(ask(lm.get_log_probs, half, torch.tensor([[0, 1]])), [[-.974077]], [
+        ([[-.976562]], "take log_softmax in bfloat16, which has two or three digits."),
+        ([[-.972656]], "take log_softmax in bfloat16, which has two or three digits."),
+    ], "float32 at least, before log_softmax")
+
+
+def test_exercise_01_gradient():
+    logits = t([[[0, 0], [5, 5]]]).requires_grad_()
+    log_probs = ask(lm.get_log_probs, logits, torch.tensor([[0, 1]]))
+    # 1 at the label less the probability, 1/2 each; the last logits predict nothing
+    check(gradient(log_probs.sum(), logits), [[[-.5, .5], [0, 0]]], otherwise=
+          "the gradient is 1 at the label less the probability")
 
 
 # ---------------------------------------------------------------------------- 2 response mask
@@ -80,17 +189,31 @@ def test_exercise_01_precision():
 
 def test_exercise_02_mask():
     responses = torch.tensor([[5, 9, 0, 0], [9, 0, 0, 0], [5, 6, 7, 8], [5, 9, 7, 9], [0, 5, 9, 9]])
-    mask = lm.get_response_mask(responses, 9)
-    assert mask.dtype == torch.bool, f"a mask of {mask.dtype}: expected torch.bool"
+    mask = ask(lm.get_response_mask, responses, 9)
     check(mask, [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]], [
         ([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]],
-         "EOS was left out: it is an action, or the policy never learns to stop"),
-        ([[1, 1, 1, 1]] * 5, "what follows EOS is still in the mask"),
+         "left EOS out: the policy would never learn to stop."),
+        ([[1, 1, 1, 1]] * 5, "kept what comes after EOS."),
         ([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]],
-         "the mask was made from ids != pad; the padding may have any id, also that of EOS"),
+         "made the mask from ids != pad; but padding may have any id, also that of EOS."),
         ([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]],
-         "up to the *last* EOS: the first one ends the summary"),
+         "went up to the last EOS: the first one ends the summary."),
+        ([[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]],
+         "kept one token too many: the one after EOS."),
+        ([[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]],
+         "cut the row without EOS: argmax of nothing but zeros is 0."),
+        ([[0, 0, 1, 1], [0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]],
+         "exchanged True and False."),
     ], "True up to and including the first EOS (9), all True without one")
+    if mask.dtype != torch.bool:
+        you(f"return a mask of {mask.dtype}.", "torch.bool")
+
+
+def test_exercise_02_any_id():
+    responses = torch.tensor([[5, 0, 0, 0], [0, 9, 0, 0], [9, 9, 9, 9]])
+    check(ask(lm.get_response_mask, responses, 0), [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]], [
+        ([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]], "do not use eos_token_id: 9 is not the end."),
+    ], "True up to and including the first EOS, which here is 0")
 
 
 # ---------------------------------------------------------------------------- 3 preference loss
@@ -98,20 +221,36 @@ def test_exercise_02_mask():
 
 def test_exercise_03_loss():
     # log(1 + e^-1) = .313262, log(1 + e^.5) = .974077, log 2 = .693147
-    check(reward.preference_loss(t([2, 0, -1]), t([1, .5, -1])), .660162, [
-        (.826829, "chosen and rejected are swapped"),
-        (1.980486, "a sum over the pairs: take the mean"),
-        ([.313262, .974077, .693147], "one loss a pair: take the mean"),
-        (-.660162, "the sign: a loss gets smaller as the chosen one gets better"),
-        (-.536200, "the sigmoid without its logarithm"),
-    ], "-log sigmoid(chosen - rejected), mean over the pairs")
+    check(ask(reward.preference_loss, t([2, 0, -1]), t([1, .5, -1]), results=0), .660162, [
+        (.826829, "exchanged chosen and rejected."),
+        (1.980486, "took the sum over the pairs."),
+        ([.313262, .974077, .693147], "return one loss a pair."),
+        (-.660162, "have the wrong sign: a loss gets smaller as the chosen one gets better."),
+        (-.536200, "left out the logarithm of the sigmoid."),
+        (.853928, "compared every chosen one with every rejected one: (B, 1) against (B,) is "
+         "(B, B)."),
+        (.613282, "took the mean of the gaps before the loss."),
+    ], "-log sigmoid(chosen - rejected), the mean over the pairs")
 
 
 def test_exercise_03_large_gaps():
-    check(reward.preference_loss(torch.tensor([-200.]), torch.tensor([0.])), 200., [
-        (math.inf, "-log(sigmoid(d)) is inf at a large gap: there is a function logsigmoid"),
-        (math.nan, "NaN at a large gap: there is a function logsigmoid"),
-    ], "a gap of 200 the wrong way costs 200")
+    chosen = torch.tensor([-200.]).requires_grad_()
+    loss = ask(reward.preference_loss, chosen, torch.tensor([0.]))
+    log = "take the logarithm of a sigmoid, which is 0 at a large gap."
+    check(loss, 200., [(math.inf, log), (math.nan, log),
+                       (18.420681, "add a small number to the sigmoid: logsigmoid needs none."),
+                       (20., "clamp the gap: a sure mistake then has no gradient.")],
+          "a gap of 200 the wrong way costs 200: logsigmoid")
+    check(gradient(loss, chosen), [-1.], otherwise="its gradient is -1")
+
+
+def test_exercise_03_gradient():
+    scores = t([[2, 0, -1], [1, .5, -1]]).requires_grad_()
+    loss = ask(reward.preference_loss, scores[0], scores[1])
+    # -sigmoid(-gap) / 3: sigmoid(-1) = .268941, sigmoid(.5) = .622459, sigmoid(0) = .5
+    check(gradient(loss, scores), [[-.089647, -.207486, -.166667], [.089647, .207486, .166667]],
+          otherwise="the gradient on a chosen score is -sigmoid(rejected - chosen) / pairs, and "
+          "the opposite on the rejected one")
 
 
 # ---------------------------------------------------------------------------- 4 last token
@@ -120,13 +259,17 @@ def test_exercise_03_large_gaps():
 def test_exercise_04_last_token():
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0], [1] * 8, [0, 0, 0, 1, 0, 0, 0, 0],
                          [1, 1, 1, 0, 0, 0, 0, 0]])
-    check(lm.last_token_index(mask), [6, 7, 3, 2], [
-        ([7] * 4, "the last column is padding in shorter rows: the last *real* token"),
-        ([4, 7, 0, 2], "number of real tokens - 1: right only without padding on the left"),
-        ([-1, -1, -1, 2], "the first pad of the row is that on the left: look for the last 1"),
-        ([7, 8, 4, 3], "one too far: that is the first padding token"),
-        ([2, 0, 3, 0], "that is the first real token"),
-    ], "the index of the last 1 in each row")
+    last = ask(lm.last_token_index, mask)
+    check(last, [6, 7, 3, 2], [
+        ([7] * 4, "take the last column for all rows; in shorter ones it is padding."),
+        ([4, 7, 0, 2], "counted the real tokens: right only without padding on the left."),
+        ([-1, -1, -1, 2], "stand before the first pad of the row, which may be on the left."),
+        ([7, 8, 4, 3], "are one too far: that is the first padding token."),
+        ([2, 0, 3, 0], "took the first real token."),
+        ([1, 0, 4, 5], "counted from the right end of the row."),
+    ], "the index of the last 1 in each row, counted from 0")
+    if last.dtype.is_floating_point or last.dtype == torch.bool:
+        you(f"return {last.dtype}, which can't be used as an index.", "torch.long")
 
 
 # ---------------------------------------------------------------------------- 5 normalisation
@@ -138,103 +281,212 @@ class SumOfTokens(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.head = torch.nn.Linear(1, 1)
+        self.weight = torch.nn.Parameter(torch.tensor(.5))
         self.register_buffer("reference_mean", torch.zeros(()))
 
     def score(self, input_ids, attention_mask, *_, **__):
-        return (input_ids * attention_mask).sum(1) / 2 - self.reference_mean
+        return (input_ids * attention_mask).sum(1) * self.weight - self.reference_mean
+
+
+# posts and references together have sums 5, 9, 2, 13, hence scores 2.5, 4.5, 1, 6.5: mean 3.625
+QUERIES, REFERENCES = [[1], [2, 2], [0], [6]], [[4], [4, 1], [2], [7]]
+
+
+def normalized(times):
+    model = SumOfTokens()
+    before = copy.deepcopy(model.state_dict())
+
+    def normalize(reward_model, queries, references, pad_id, batch_size):
+        reward.normalize(reward_model, queries, references, pad_id, batch_size)
+        return reward_model
+
+    normalize.__wrapped__ = reward.normalize
+    for _ in range(times):
+        ask(normalize, model, QUERIES, REFERENCES, 0, 3, results=0)
+        if model.reference_mean is None:
+            you("set reference_mean to None.", "a tensor, the mean score")
+    for name, weights in model.state_dict().items():
+        if name != "reference_mean" and not torch.equal(before[name], weights):
+            you(f"changed `{name}` of the reward model.", "reference_mean changes and nothing else:"
+                " the spread of the scores stays")
+    if model.reference_mean.requires_grad:
+        you("left a gradient in reference_mean.", "a number: score_summaries, or torch.no_grad()")
+    return model
 
 
 def test_exercise_05_mean():
-    # references that score 1.5, 2.5, .5 and 3.5: mean 2
-    model, queries, references = SumOfTokens(), [[0]] * 4, [[3], [4, 1], [1], [7]]
-    reward.normalize(model, queries, references, 0)
-    check(model.reference_mean, 2., [
-        (0., "reference_mean has not changed: `x = x + 1` on a local name changes no model"),
-        (-2., "the sign: a score has reference_mean taken off"),
-        (8., "the sum of the scores, not their mean"),
-    ], "the mean score of the references")
-    check(reward.score_summaries(model, queries, references, 0), [-.5, .5, -1.5, 1.5], otherwise=
+    check(normalized(1).reference_mean, 3.625, [
+        (0., "have not changed reference_mean: `x = x + 1` on a local name changes no model."),
+        (-3.625, "have the wrong sign: a score has reference_mean taken off."),
+        (14.5, "took the sum of the scores."),
+        (2.666667, "took the first batch only, of 3."),
+        (2.5, "took the median."),
+        (2.25, "scored the references without their posts."),
+        (4.583333, "took the mean of batch means, of 3 scores and of 1."),
+        (3.916667, "took the mean of batch means, of 3 scores and of 1."),
+    ], "the mean score of the references, each read after its post")
+
+
+def test_exercise_05_scores():
+    scores = reward.score_summaries(normalized(1), QUERIES, REFERENCES, 0)
+    check(scores, [-1.125, .875, -2.625, 2.875], otherwise=
           "after it the references score 0 on average; their spread stays")
-    reward.normalize(model, queries, references, 0)
-    check(model.reference_mean, 2., [
-        (0., "a second time undoes it: the new scores have the old mean taken off already"),
-        (4., "a second time doubles it")], "normalising twice is normalising once")
+
+
+def test_exercise_05_twice():
+    mistakes = [
+        (0., "undo it the second time: the new scores have the old mean taken off already."),
+        (7.25, "double it the second time.")]
+    once = normalized(1).reference_mean
+    check(normalized(2).reference_mean, 3.625, mistakes if is_like(once, 3.625) else [],
+          "the mean score, and normalising a second time changes nothing")
 
 
 # ---------------------------------------------------------------------------- 6 rewards per token
 
+# KL per token .2, -.5, .5 and .4, -.2; behind the end, junk
+LOG_P = t([[-1, -2, -.5, -3], [-1, -1, -2, -4]])
+REF = t([[-1.2, -1.5, -1, -1], [-1.4, -.8, -1, -2]])
+ENDS = torch.tensor([[True, True, True, False], [True, True, False, False]])
+PAYS = "-beta (log_probs - ref_log_probs) at each action, the score on top at the last one, else 0"
+
 
 def test_exercise_06_rewards():
-    # KL per token .2, -.5, .5 and, behind the end, junk; beta .05, score 2
-    rewards = ppo.kl_penalized_rewards(t([2]), t([[-1, -2, -.5, -3]]), t([[-1.2, -1.5, -1, -1]]),
-                                       torch.tensor([[1, 1, 1, 0]]), .05)
-    every = "the score is paid at every token: long summaries win; once, at the last action"
-    check(rewards, [[-.01, .025, 1.975, 0]], [
-        ([[.01, -.025, 2.025, 0]], "the sign of the KL: it is a *penalty*"),
-        ([[1.99, 2.025, 1.975, 2]], every), ([[1.99, 2.025, 1.975, 0]], every),
-        ([[1.99, 2.025, 1.975, 2.1]], every),
-        ([[-.01, .025, -.025, 2]], "the score is paid at the last column, which is padding here"),
-        ([[-.01, .025, -.025, 2.1]], "the score is paid at the last column, which is padding here"),
-        ([[-.01, .025, 1.975, .1]], "padding pays KL: zero off the mask"),
-        ([[-.001, -.00625, 1.99375, 0]], "the log-ratio was squared: the paper's penalty is not"),
-        ([[0, 0, 2, 0]], "the KL is missing"),
-        ([[-.01, .025, -.025, 0]], "the score is missing"),
-        ([[-.2, .5, 1.5, 0]], "beta is missing"),
-    ], "-beta (log_probs - ref_log_probs) at each action, the score on top at the last one")
+    # beta .05, scores 2 and -1
+    rewards = ask(ppo.kl_penalized_rewards, t([2, -1]), LOG_P, REF, ENDS, .05)
+    every = "pay the score at every token: long summaries win."
+    column = "pay the score at the last column, which is padding here."
+    check(rewards, [[-.01, .025, 1.975, 0], [-.02, -.99, 0, 0]], [
+        ([[.01, -.025, 2.025, 0], [.02, -1.01, 0, 0]], "have the wrong sign of the KL."),
+        ([[1.99, 2.025, 1.975, 2], [-1.02, -.99, -1, -1]], every),
+        ([[1.99, 2.025, 1.975, 2.1], [-1.02, -.99, -.95, -.9]], every),
+        ([[1.99, 2.025, 1.975, 0], [-1.02, -.99, 0, 0]], every),
+        ([[-.01, .025, -.025, 2], [-.02, .01, 0, -1]], column),
+        ([[-.01, .025, -.025, 2.1], [-.02, .01, .05, -.9]], column),
+        ([[-.01, .025, 1.975, .1], [-.02, -.99, .05, .1]], "let the padding pay KL."),
+        ([[-.001, -.00625, 1.99375, 0], [-.004, -1.001, 0, 0]], "squared the log-ratio."),
+        ([[-.002, -.0125, 1.9875, 0], [-.008, -1.002, 0, 0]], "squared the log-ratio."),
+        ([[-.000937, -.007436, 1.994673, 0], [-.003516, -1.00107, 0, 0]],
+         "took an estimate of the KL that is always positive (k3)."),
+        ([[-.06107, -.030327, 1.917564, 0], [-.074591, -1.040937, 0, 0]], "took exp: the ratio."),
+        ([[0, 0, 2, 0], [0, -1, 0, 0]], "have no KL in it."),
+        ([[-.01, .025, -.025, 0], [-.02, .01, 0, 0]], "have no score in it."),
+        ([[-.2, .5, 1.5, 0], [-.4, -.8, 0, 0]], "do not use beta."),
+        ([[-.01, .025, .075, 0], [-.02, -.04, 0, 0]], "multiplied the score by beta, too."),
+        ([[-.01, .025, 2, 0], [-.02, -1, 0, 0]],
+         "put the score in the place of the last action's KL: it is added (+=)."),
+        ([[-.01, -.975, 1.975, 0], [-.02, -.99, 2, 0]],
+         "wrote rewards[:, last], which takes the columns of all rows in each row: "
+         "rewards[torch.arange(B), last]."),
+        ([[1.99, .025, -.025, 0], [-1.02, .01, 0, 0]], "pay the score at the first action."),
+        ([[-.01, .025, -.025, 2], [-.02, .01, -1, 0]],
+         "pay the score one place after the last action."),
+        ([[-.01, .025, .475, 0], [-.02, .51, 0, 0]], "pay all rows the mean of the scores."),
+        ([[-.01, .025, .641667, 0], [-.02, -.49, 0, 0]], "divided the score by the length."),
+        ([[0, 0, 1.99, 0], [0, -1.01, 0, 0]], "pay the whole KL at the last action."),
+        ([1.99, -1.01], "return one reward a summary, R(x, y)."),
+    ], PAYS)
+
+
+def test_exercise_06_beta():
+    # as above, beta .5
+    rewards = ask(ppo.kl_penalized_rewards, t([2, -1]), LOG_P, REF, ENDS, .5)
+    check(rewards, [[-.1, .25, 1.75, 0], [-.2, -.9, 0, 0]], [
+        ([[-.01, .025, 1.975, 0], [-.02, -.99, 0, 0]], "do not use kl_beta: it is 0.5 here."),
+        ([[-.01, .025, -.025, 2], [-.02, .01, 0, -1]], "do not use kl_beta: it is 0.5 here."),
+    ], PAYS + "; beta 0.5")
 
 
 def test_exercise_06_each_row_ends_at_its_own_place():
-    same = t([[-1, -1, -1]] * 3)
-    rewards = ppo.kl_penalized_rewards(t([1, 2, 3]), same, same,
-                                       torch.tensor([[1, 0, 0], [1, 1, 0], [1, 1, 1]]), .05)
+    equal = t([[-1, -1, -1]] * 3)
+    mask = torch.tensor([[True, False, False], [True, True, False], [True, True, True]])
+    rewards = ask(ppo.kl_penalized_rewards, t([1, 2, 3]), equal, equal, mask, .05)
     check(rewards, [[1, 0, 0], [0, 2, 0], [0, 0, 3]], [
-        ([[0, 0, 1], [0, 0, 2], [0, 0, 3]], "the score is paid at the last column"),
+        ([[0, 0, 1], [0, 0, 2], [0, 0, 3]], "pay the score at the last column."),
+        ([[1, 2, 3]] * 3, "wrote rewards[:, last], which takes the columns of all rows in each row:"
+         " rewards[torch.arange(B), last]."),
     ], "each row's score at its own last action")
 
 
 # ---------------------------------------------------------------------------- 7 GAE
 
+RECURSION = "delta = R + gamma V' - V, A = delta + gamma lambda A', from the last action backwards"
+RETURNS = "returns = advantages + values, on the mask"
+
+
+def gae(*arguments):
+    return ask(ppo.compute_gae, *arguments, results=2)
+
 
 def test_exercise_07_gae():
-    # delta, backwards: 1 - .8 = .2; 0 + .8 - .6 = .2; 0 + .6 - .5 = .1, lambda .95
-    advantages, returns = ppo.compute_gae(t([[0, 0, 1]]), t([[.5, .6, .8]]), torch.ones(1, 3))
-    check(advantages, [[.4705, .39, .2]], [
-        ([[.5, .4, .2]], "lambda is ignored (this is lambda = 1)"),
-        ([[.1, .2, .2]], "these are the deltas: the recursion is missing (this is lambda = 0)"),
-        ([[.9025, .95, 1]], "V is missing: delta = R + gamma V' - V"),
-        ([[.9705, .99, 1]], "these are the returns: advantages do not have V added"),
-    ], "A = delta + gamma lambda A', from the last action backwards")
-    check(returns, [[.9705, .99, 1]], [
-        ([[.4705, .39, .2]], "these are the advantages: returns = advantages + values"),
-        ([[1, 1, 1]], "these are sums of rewards: returns = advantages + values"),
-    ], "returns = advantages + values")
+    # delta, backwards: 1 - .8 = .2; 0 + .8 - .6 = .2; 0 + .6 - .5 = .1, lambda .95;
+    # in row 2: -1 - .1 = -1.1; 0 + .1 - .4 = -.3; .5 + .4 - .2 = .7
+    advantages, returns = gae(t([[0, 0, 1], [.5, 0, -1]]), t([[.5, .6, .8], [.2, .4, .1]]),
+                              torch.ones(2, 3, dtype=torch.bool))
+    right = [[.9705, .99, 1], [-.37775, -.945, -1]]
+    if is_like(returns, [[.4705, .39, .2], [-.57775, -1.345, -1.1]]) and is_like(advantages, right):
+        you("return the returns first: the order is the other one.", "advantages, returns")
+    check(advantages, [[.4705, .39, .2], [-.57775, -1.345, -1.1]], [
+        ([[.5, .4, .2], [-.7, -1.4, -1.1]], "do not use lambda (this is lambda = 1)."),
+        ([[.1, .2, .2], [.7, -.3, -1.1]], "return the deltas: there is no recursion in it."),
+        ([[.9025, .95, 1], [-.4025, -.95, -1]], "have no V in delta."),
+        ([[-.8895, -.41, .2], [-1.07275, -1.445, -1.1]], "have no V' in delta."),
+        ([[.4025, .35, .2], [-.6025, -1.35, -1.1]],
+         "exchanged gamma and lambda: lambda discounts V' here."),
+        (right, "return the returns as advantages."),
+        ([[1.1925, 1.15, 1], [-.4875, -1.25, -1]],
+         "go on after the last action, with its own V: V' is 0 there."),
+        ([[-.5, -.575, .25375], [.3, .085, -.61925]], "run the loop forwards."),
+        ([[1.105185, .993633, .730343], [-.347417, -1.410625, -1.071119]],
+         "whitened the advantages: that comes later, over the whole batch."),
+    ], RECURSION)
+    check(returns, right, [
+        ([[.4705, .39, .2], [-.57775, -1.345, -1.1]], "return the advantages as returns, too."),
+        ([[1, 1, 1], [-.5, -1, -1]], "return sums of rewards as returns."),
+    ], RETURNS)
 
 
 def test_exercise_07_gamma():
-    # gamma .9, lambda .5. delta: 2 - 1; -1 + .9 + .5 = .4; 1 - .45 - .5 = .05
-    advantages, _ = ppo.compute_gae(t([[1, -1, 2]]), t([[.5, -.5, 1]]), torch.ones(1, 3), .9, .5)
-    check(advantages, [[.4325, .85, 1]], [
-        ([[.4275, .95, 1]], "gamma does not discount V'"),
-        ([[.5, .9, 1]], "gamma does not discount A': gamma lambda A'"),
-        ([[.86, 1.3, 1]], "lambda is ignored"),
-    ], "gamma discounts V' and, with lambda, A'")
+    # gamma .9, lambda .5. delta: 2 - 1; -1 + .9 + .5 = .4; 1 - .45 - .5 = .05;
+    # in row 2: 0 + 1 = 1; 1 - .9 - 0 = .1; 0 + 0 - 1 = -1
+    advantages, returns = gae(t([[1, -1, 2], [0, 1, 0]]), t([[.5, -.5, 1], [1, 0, -1]]),
+                              torch.ones(2, 3, dtype=torch.bool), .9, .5)
+    check(advantages, [[.4325, .85, 1], [-.7525, .55, 1]], [
+        ([[.4275, .95, 1], [-.7975, .45, 1]], "do not discount V' by gamma."),
+        ([[.5, .9, 1], [-.7, .6, 1]], "do not discount A' by gamma: gamma lambda A'."),
+        ([[1.22, 1.3, 1], [-.1, 1, 1]], "do not use lambda."),
+        ([[.4525, .45, 1], [-.5725, .95, 1]],
+         "exchanged gamma and lambda: lambda discounts V' here."),
+        ([[1.3775, 1.45, 1], [-.0975, .95, 1]], "do not use gamma and lam, but 1 and .95."),
+    ], RECURSION + "; gamma .9, lambda .5")
+    check(returns, [[.9325, .35, 2], [.2475, .55, 0]], otherwise=RETURNS)
 
 
 def test_exercise_07_padding():
-    advantages, returns = ppo.compute_gae(t([[0, 0, 1, 50, -50]]), t([[.5, .6, .8, 9, -9]]),
-                                          torch.tensor([[1, 1, 1, 0, 0]]))
-    leak = "values or rewards behind the end leak in: V = A = 0 after the last action (padding)"
-    check(advantages, [[.4705, .39, .2, 0, 0]], [
-        ([[2.634244, 2.667625, 2.5975, -6.95, -41]], leak),
-        ([[2.634244, 2.667625, 2.5975, 0, 0]], leak), ([[8.593, 8.94, 9.2, 0, 0]], leak),
-    ], "the summary ends after three actions: what stands in the padding is never read")
-    check(returns, [[.9705, .99, 1, 0, 0]], otherwise="returns are zero off the mask (padding)")
+    # row 1 is that of the first test; row 2, backwards: -1 - .4 = -1.4; .5 + .4 - .2 = .7
+    advantages, returns = gae(
+        t([[0, 0, 1, 50, -50], [.5, -1, 7, -7, 3]]),
+        t([[.5, .6, .8, 9, -9], [.2, .4, -6, 6, 5]]),
+        torch.tensor([[True, True, True, False, False], [True, True, False, False, False]]))
+    leak = "let values or rewards of the padding leak in."
+    check(advantages, [[.4705, .39, .2, 0, 0], [-.63, -1.4, 0, 0, 0]], [
+        ([[2.634244, 2.667625, 2.5975, -6.95, -41], [2.329487, 1.71525, 9.595, -9.9, -2]], leak),
+        ([[2.634244, 2.667625, 2.5975, 0, 0], [2.329487, 1.71525, 0, 0, 0]], leak),
+        ([[8.593, 8.94, 9.2, 0, 0], [-6.33, -7.4, 0, 0, 0]], leak),
+        ([[.4705, .39, .2, 0, 0], [5.4025, 4.95, 13, 0, 0]],
+         "let all rows end where the first one ends."),
+    ], "a row ends with its own last action: V = A = 0 after it, and padding is never read")
+    check(returns, [[.9705, .99, 1, 0, 0], [-.43, -1, 0, 0, 0]], [
+        ([[.9705, .99, 1, 9, -9], [-.43, -1, -6, 6, 5]], "left values of the padding in returns."),
+    ], "returns are zero off the mask (padding)")
 
 
 def test_exercise_07_constants():
     values = t([[.5, .6]]).requires_grad_()
-    for x in ppo.compute_gae(t([[0, 1]]), values, torch.ones(1, 2)):
-        assert not x.requires_grad, "advantages and returns are constants: no gradient into V"
+    for x in gae(t([[0, 1]]), values, torch.ones(1, 2, dtype=torch.bool)):
+        if getattr(x, "requires_grad", False):
+            you("let a gradient through into V.", "constants: the critic must not learn to move its"
+                " own target")
 
 
 # ---------------------------------------------------------------------------- 8 whitening
@@ -242,164 +494,324 @@ def test_exercise_07_constants():
 
 def test_exercise_08_whiten():
     # 1, 2, 3 and 5: mean 2.75, variance 2.1875
-    x, mask = t([[1, 2, 3, 100], [5, 100, 100, 100]]), t([[1, 1, 1, 0], [1, 0, 0, 0]])
+    x = t([[1, 2, 3, 100], [5, 100, 100, 100]])
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
 
-    def rows(a, b, c, d):
-        return [[a, b, c, 0], [d, 0, 0, 0]]
+    def rows(a, b, c, d, junk=0):
+        return [[a, b, c, junk], [d, junk, junk, junk]]
 
-    pads = "padding is in the mean"
-    check(ppo.whiten(x, mask), rows(-1.183216, -.507093, .169031, 1.521278), [
-        (rows(-1.035511, -1.014955, -.994399, -.953287), pads),
-        (rows(-1.035750, -1.015189, -.994629, -.953507), pads + " and in the variance"),
-        (rows(-1.024695, -.439155, .146385, 1.317465), "the variance is divided by n - 1, which is "
-         "NaN for one token: divide by n"),
-        (rows(1.566784, 2.242907, 2.919031, 4.271278), "the mean was added back"),
-        (rows(-1.75, -.75, .25, 2.25), "the standard deviation is missing"),
-        (rows(-.8, -.342857, .114286, 1.028571), "divided by the variance: take its root"),
-        (rows(-1.224745, 0, 1.224745, 0), "mean and variance of each row: take the whole batch"),
-    ], "(x - mean) / standard deviation over the mask, 0 elsewhere")
+    pads = "counted the padding, in the mean{} (the mask is forgotten)."
+    check(ask(ppo.whiten, x, mask), rows(-1.183216, -.507093, .169031, 1.521278), [
+        (rows(-1.035511, -1.014955, -.994399, -.953287), pads.format("")),
+        (rows(-1.035750, -1.015189, -.994629, -.953507), pads.format(" and the variance")),
+        (rows(-1.035750, -1.015189, -.994629, -.953507, .999769), pads.format(" and the variance")),
+        (rows(-1.024695, -.439155, .146385, 1.317465),
+         "divided the variance by n - 1, which is NaN for one token."),
+        (rows(1.566784, 2.242907, 2.919031, 4.271278), "added the mean back."),
+        (rows(.676123, 1.352247, 2.02837, 3.380617), "do not subtract the mean."),
+        (rows(-1.75, -.75, .25, 2.25), "do not divide by the standard deviation."),
+        (rows(-.8, -.342857, .114286, 1.028571), "divided by the variance, not by its root."),
+        (rows(-1.224745, 0, 1.224745, 0), "take mean and variance of each row."),
+        (rows(-1.183216, -.507093, .169031, 1.521278, -1.859339), "left numbers off the mask."),
+        (rows(-1.183216, -.507093, .169031, 1.521278, 65.758206), "left numbers off the mask."),
+    ], "(x - mean) / standard deviation over the mask of the whole batch, with n, and 0 elsewhere")
 
 
-def test_exercise_08_no_variance():
-    check(ppo.whiten(t([[3, 3]]), torch.ones(1, 2)), [[0, 0]], [
-        ([[math.nan, math.nan]], "0 / 0 where all are equal: 1e-8 belongs under the root"),
-    ], "equal numbers become 0")
+def test_exercise_08_small_variance():
+    mask = torch.ones(1, 2)  # of floats, as in ppo.whiten_batch
+    check(ask(ppo.whiten, t([[3, 3]]), mask), [[0, 0]], [
+        ([[math.nan, math.nan]], "divide 0 / 0 where all are equal."),
+    ], "equal numbers become 0: 1e-8 under the root")
+    # variance 1e-8, and as much again under the root: 1 / sqrt 2
+    check(ask(ppo.whiten, t([[1e-4, -1e-4]]), mask), [[.707107, -.707107]], [
+        ([[.9999, -.9999]], "add 1e-8 to the standard deviation."),
+    ], "1e-8 is added to the variance, under the root")
 
 
 # ---------------------------------------------------------------------------- 9 clipped objective
 
-RATIOS, ADVANTAGES = t([[1.5, 1.5, .5, .5, 1.1]]), t([[1, -1, 1, -1, 2]])
+# the sixth token is padding, and would be clipped
+RATIOS, ADVANTAGES = t([[1.5, 1.5, .5], [.5, 1.1, 3]]), t([[1, -1, 1], [-1, 2, 4]])
+FIVE = torch.tensor([[True, True, True], [True, True, False]])
+OLD = t([[-3] * 3] * 2)
+CLIP = "the mean over the real tokens of max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range))"
+
+
+def in_order(loss, share):
+    """(loss, share), which is a constant."""
+    if isinstance(share, torch.Tensor) and share.requires_grad and not loss.requires_grad:
+        you("return the clip fraction first: the order is the other one.", "loss, clip fraction")
+    return loss, numbers_of(share, "the loss and a share")
+
+
+def policy_loss(ratios, advantages, mask, *clip_range):
+    log_probs = (ratios.log() + OLD[:, : ratios.shape[1]]).requires_grad_()
+    loss, share = ask(ppo.policy_loss, log_probs, OLD[:, : ratios.shape[1]], advantages, mask,
+                      *clip_range, results=2)
+    return log_probs, *in_order(loss, share)
 
 
 def test_exercise_09_loss():
-    # max(-A rho, -A clip(rho, .8, 1.2)): -1.2, 1.5, -.5, .8, -2.2
-    loss, clip_fraction = ppo.policy_loss(RATIOS.log() - 3, t([[-3] * 5]), ADVANTAGES,
-                                          torch.ones(1, 5))
+    # -1.2, 1.5, -.5 and .8, -2.2: their sum is -1.6
+    _, loss, share = policy_loss(RATIOS, ADVANTAGES, FIVE)
+    sign = "have the wrong sign: a loss is minimised."
     check(loss, -.32, [
-        (.32, "the wrong sign: a loss is minimised"), (.56, "the wrong sign: a loss is minimised"),
-        (-.56, "the smaller of the two losses: take the larger one"),
-        (-.44, "never clipped, or always: then a policy that overshot can't come back"),
-        (-.38, "only large ratios are clipped"),
-        (-.176970, "the ratio is upside down: pi / pi_old"),
-        (-1.6, "a sum: take the mean over the mask"),
-    ], "mean of max(-A rho, -A clip(rho))")
-    check(clip_fraction, .4, [
-        (.8, "every ratio outside the range counts: only where the clipped loss is the larger"),
-    ], "the share of actions whose clipped loss is strictly larger")
+        (.32, sign), (.56, sign),
+        (-.56, "take the smaller of the two losses."),
+        (-.44, "never clip: a lucky sample may move the policy without end." if share == 0 else
+         "always clip: a policy that overshot can't come back."),
+        (-.38, "clip large ratios only."),
+        (-.176970, "have the ratio upside down: pi / pi_old."),
+        (-1.6, "take the sum over the tokens."),
+        (.339412, "have no exp in it: log_probs - old_log_probs is the logarithm of the ratio."),
+        (-.381082, "divided the log-probs: the ratio is exp(log_probs - old_log_probs)."),
+        (-.320534, "clip the log-ratio: the ratio itself stays within 1 +- clip_range."),
+        (.24, "clip the ratio around 0: it stays around 1."),
+        (-.266667, "divided by B T, the width, not by the number of real tokens: masked_mean."),
+        (-1.066667, "divided by B T, the width, and counted padding: masked_mean."),
+        (-.383333, "take the mean of the row means: all tokens count the same."),
+        ([[-1.2, 1.5, -.5], [.8, -2.2, 0]], "return one loss a token."),
+    ], CLIP)
+
+
+def test_exercise_09_clip_fraction():
+    _, loss, share = policy_loss(RATIOS, ADVANTAGES, FIVE)
+    mistakes = [
+        (.8, "count every ratio outside the range."),
+        (2., "return a count, not a share."),
+        (1 / 3, "divide the share by B T, the width: padding is not counted."),
+        (.5, "count the padding in the share."),
+        (.6, "count where both are equal, too, or the padding: strictly larger, real tokens."),
+    ]
+    # where the loss is another one, too, nothing is known about the share
+    check(share, .4, mistakes if is_like(loss, -.32) else [],
+          "the share of real tokens whose clipped loss is strictly larger")
+
+
+def test_exercise_09_clip_range():
+    # .3: -1.3, 3, -.5 and .7, -2.2, their sum is -.3
+    _, loss, share = policy_loss(RATIOS, t([[1, -2, 1], [-1, 2, 4]]), FIVE, .3)
+    check(loss, -.06, [
+        (-.02, "do not use clip_range: it is 0.3 here."),
+        (-.14, "never clip."), (-.18, "always clip."),
+        (-.061808, "clip the log-ratio: the ratio itself stays within 1 +- clip_range."),
+    ], CLIP + "; clip_range .3")
+    check(share, .4, otherwise="the share of real tokens whose clipped loss is strictly larger")
 
 
 def test_exercise_09_mask():
-    same, mask = t([[-1] * 4, [-2] * 4]), t([[1, 1, 1, 0], [1, 0, 0, 0]])
-    loss, _ = ppo.policy_loss(same, same, -t([[1, 2, 3, 50], [4, 50, 50, 50]]), mask)
+    ones, mask = t([[1] * 3, [1] * 3]), torch.tensor([[True] * 3, [True, False, False]])
+    _, loss, _ = policy_loss(ones, -t([[1, 2, 3], [4, 50, 50]]), mask)
     check(loss, 2.5, [
-        (26.25, "you divided by T, the width, and counted padding: masked_mean"),
-        (1.25, "you divided by T, the width, not by the number of real tokens: masked_mean"),
-        (3., "the mean of the row means: all tokens count the same"),
+        (110 / 6, "divided by B T, the width, and counted padding: masked_mean."),
+        (10 / 6, "divided by B T, the width, not by the number of real tokens: masked_mean."),
+        (3., "take the mean of the row means: all tokens count the same."),
     ], "the mean over the four real tokens")
 
 
 def test_exercise_09_gradient():
-    log_probs = t([[.5]]).log().requires_grad_()
-    ppo.policy_loss(log_probs, t([[0]]), t([[1]]), torch.ones(1, 1))[0].backward()
-    check(log_probs.grad, [[-.5]], [
-        ([[0]], "no gradient at ratio 0.5 and A = 1: a policy that overshot can't come back; take "
-         "the larger of the plain and the clipped loss")], "-A rho")
+    log_probs, loss, _ = policy_loss(RATIOS, ADVANTAGES, FIVE)
+    # -A rho / 5 where the plain loss is the larger one, 0 where the clipped one is
+    check(gradient(loss, log_probs), [[0, .3, -.1], [0, -.44, 0]], [
+        ([[-.3, .3, -.1], [.1, -.44, 0]], "never clip."),
+        ([[0, 0, 0], [0, -.44, 0]], "always clip: a policy that overshot can't come back."),
+        ([[0] * 3] * 2, "let no gradient through the ratio."),
+    ], "the gradient is -A rho / tokens, and 0 where the clip holds")
 
 
 # ---------------------------------------------------------------------------- 10 value loss
 
+# the fourth token is padding, and would be clipped
+VALUES, OLD_VALUES = t([[1.5, 1.1], [.5, 3]]), t([[1, 1], [1, 0]])
+TARGETS, THREE = t([[2, 2], [2, 3]]), torch.tensor([[True, True], [True, False]])
+ERRORS = "half the mean over the real tokens of max((V - R)^2, (clip(V, old +- clip_range) - R)^2)"
+NEVER = "never clip, or clip around the returns: around the old values."
+
+
+def value_loss(*clip_range):
+    values = VALUES.clone().requires_grad_()
+    loss, share = ask(ppo.value_loss, values, OLD_VALUES, TARGETS, THREE, *clip_range, results=2)
+    return values, *in_order(loss, share)
+
 
 def test_exercise_10_loss():
     # clipped to 1 +- .2: 1.2, 1.1, .8; the larger squared errors are .64, .81, 2.25
-    loss, clip_fraction = ppo.value_loss(t([[1.5, 1.1, .5]]), t([[1] * 3]), t([[2] * 3]),
-                                         torch.ones(1, 3))
+    _, loss, _ = value_loss()
     check(loss, .616667, [
-        (1.233333, "the 1/2 is missing"),
-        (.416667, "the smaller error: take the larger one"),
-        (.551667, "never clipped, or clipped around the returns: around the old values"),
-        (.481667, "always clipped: take the larger of the two errors"),
-    ], "half the mean of max((V - R)^2, (clip(V) - R)^2)")
-    check(clip_fraction, 1 / 3, otherwise="the share whose clipped error is strictly larger")
+        (1.233333, "left out the 1/2."),
+        (.416667, "take the smaller error."),
+        (.551667, NEVER),
+        (.481667, "always clip: take the larger of the two errors."),
+        (1.85, "take the sum over the tokens."), (5.77, "take the sum over the tokens."),
+        (.4625, "divided by B T, the width, not by the number of real tokens: masked_mean."),
+        (1.4425, "divided by B T, the width, and counted padding: masked_mean."),
+        (.74375, "take the mean of the row means: all tokens count the same."),
+        ([[.32, .405], [1.125, 0]], "return one loss a token."),
+    ], ERRORS)
+
+
+def test_exercise_10_clip_fraction():
+    _, loss, share = value_loss()
+    mistakes = [
+        (2 / 3, "count every value outside the range, or the padding."),
+        (1., "return a count, not a share."),
+        (.25, "divide the share by B T, the width: padding is not counted."),
+        (.5, "count the padding in the share."),
+    ]
+    check(share, 1 / 3, mistakes if is_like(loss, .616667) else [],
+          "the share of real tokens whose clipped error is strictly larger")
+
+
+def test_exercise_10_clip_range():
+    # clipped to 1 +- .4: 1.4, 1.1, .6; the larger squared errors are .36, .81, 2.25
+    _, loss, _ = value_loss(.4)
+    check(loss, .57, [(.616667, "do not use clip_range: it is 0.4 here."),
+                      (1.14, "left out the 1/2."), (.551667, NEVER)], ERRORS + "; clip_range .4")
 
 
 def test_exercise_10_around_the_old_value():
     # V 1, old .5, return 1: clipped to .7, error .09
-    loss, _ = ppo.value_loss(t([[1]]), t([[.5]]), t([[1]]), torch.ones(1, 1))
-    check(loss, .045, [
-        (0., "never clipped, or clipped around the returns: around the old values"),
-        (.09, "the 1/2 is missing")], "clip(V, old - .2, old + .2)")
+    one = torch.ones(1, 1, dtype=torch.bool)
+    loss, _ = ask(ppo.value_loss, t([[1]]), t([[.5]]), t([[1]]), one, results=2)
+    check(loss, .045, [(0., "take the smaller error, or never clip, or clip around the returns."),
+                       (.09, "left out the 1/2."),
+                       (.08, "clip to a share of the old value, .4 to .6.")],
+          "clip(V, old - .2, old + .2)")
 
 
 def test_exercise_10_mask():
-    zeros, mask = t([[0] * 4] * 2), t([[1, 1, 1, 0], [1, 0, 0, 0]])
-    loss, _ = ppo.value_loss(zeros, zeros, t([[1, 2, 3, 50], [4, 50, 50, 50]]), mask)
+    zeros, mask = t([[0] * 4] * 2), t([[1, 1, 1, 0], [1, 0, 0, 0]]) == 1
+    returns = t([[1, 2, 3, 50], [4, 50, 50, 50]])
+    loss, _ = ask(ppo.value_loss, zeros, zeros, returns, mask, results=2)
     check(loss, 3.75, [
-        (1.875, "you divided by T, the width, not by the number of real tokens: masked_mean"),
-        (5.166667, "the mean of the row means: all tokens count the same"),
-        (626.875, "padding was counted"),
+        (1.875, "divided by B T, the width, not by the number of real tokens: masked_mean."),
+        (5.166667, "take the mean of the row means: all tokens count the same."),
+        (626.875, "counted the padding."), (7.5, "left out the 1/2."),
     ], "half the mean of 1, 4, 9 and 16")
+
+
+def test_exercise_10_gradient():
+    values, loss, _ = value_loss()
+    # (V - R) / 3 where the plain error is the larger one, 0 where the clipped one is
+    check(gradient(loss, values), [[0, -.3], [-.5, 0]], [
+        ([[-.166667, -.3], [-.5, 0]], NEVER), ([[0, -.3], [0, 0]], "always clip."),
+        ([[0, -.6], [-1, 0]], "left out the 1/2."),
+    ], "the gradient is (V - R) / tokens, and 0 where the clip holds")
 
 
 # ---------------------------------------------------------------------------- 11 both orders
 
 
-def prepared(*answers):
-    """A judge that gives these answers in turn, one list for each call."""
-    answers = iter(answers)
-    return lambda posts, a, b: next(answers)
+def judge_by(verdict):
+    """A judge that asks verdict(post, a, b), post by post, in whatever order it is called."""
+    return lambda posts, a, b: [verdict(*three) for three in zip(posts, a, b)]
+
+
+def listed(result):
+    if not isinstance(result, (list, tuple, torch.Tensor)):
+        you(f"return a {type(result).__name__}.", "a list, or several results")
+    return list(result)
+
+
+def pairwise(*arguments):
+    return listed(ask(judge.judge_pairwise, *arguments, results=0))
+
+
+def refuses(arguments, what, expected):
+    """judge_pairwise has to raise ValueError."""
+    outcomes, error = call(judge.judge_pairwise, *arguments)
+    if isinstance(error, NotImplementedError):
+        fail(f"{error} (still blank)")
+    if error is None:
+        you(f"return {outcomes}: {what}", expected)
+    if not isinstance(error, ValueError):
+        you(f"{stopped(judge.judge_pairwise, error)}; {what}", expected)
 
 
 def test_exercise_11_a_judge_that_looks_at_the_place():
-    outcomes = judge.judge_pairwise(lambda posts, a, b: ["A"] * 2, ["p"] * 2, ["x"] * 2, ["y"] * 2)
-    assert outcomes != [1.0, 1.0], (
-        "a judge that always says A makes us win: ask in the second order too, and count an A "
-        "there for the other side")
-    check(outcomes, [.5, .5], otherwise="a judge that always says A: a tie")
+    outcomes = pairwise(judge_by(lambda *_: "A"), ["p"] * 2, ["x"] * 2, ["y"] * 2)
+    check(outcomes, [.5, .5], [
+        ([1, 1], "let a judge that always says A make us win: the first order alone counts, or the "
+         "second is not turned round, or one win is enough, so there is no tie."),
+        ([0, 0], "call a contradiction a loss: there is no tie, or the sides are exchanged.")],
+        "half a win, a tie: it said A in both orders, once for each side")
 
 
 def test_exercise_11_the_longer_one():
-    def longer(posts, a, b):
-        return ["A" if len(x) >= len(y) else "B" for x, y in zip(a, b)]
-
-    outcomes = judge.judge_pairwise(longer, ["p"] * 3, ["xxx", "x", "x"], ["y", "yyy", "y"])
+    longer = judge_by(lambda _, a, b: "A" if len(a) >= len(b) else "B")
+    outcomes = pairwise(longer, ["p"] * 3, ["xxx", "x", "x"], ["y", "yyy", "y"])
     check(outcomes, [1, 0, .5], [
-        ([.5, .5, 1], "the second order was not turned round: a B there is a vote for us"),
-        ([.5, .5, .5], "the second order was not turned round: a B there is a vote for us"),
-        ([1, 0, 1], "only the first order counts"),
-        ([0, 1, .5], "ours and theirs are exchanged"),
-    ], "longer, shorter, equal")
+        ([.5, .5, 1], "did not turn the second order round: a B there is a vote for us."),
+        ([.5, .5, .5], "asked twice in the same order."),
+        ([1, 0, 1], "let only the first order count, or make of a tie a win."),
+        ([0, 1, .5], "exchanged ours and theirs."),
+        ([1, 0, 0], "make of a tie a loss."),
+    ], "1 for the longer one, 0 for the shorter one, .5 where both are as long")
+
+
+def test_exercise_11_each_post_with_its_own_summaries():
+    on_topic = judge_by(lambda post, a, b: "A" if post in a else "B")
+    outcomes = pairwise(on_topic, ["cat", "dog"], ["a cat", "a cow"], ["a cow", "a dog"])
+    check(outcomes, [1, 0], otherwise="each post goes to the judge with its own two summaries")
 
 
 def test_exercise_11_abstentions():
-    outcomes = judge.judge_pairwise(prepared([None, "A", "A"], ["B", None, "B"]), ["p"] * 3,
-                                    ["x"] * 3, ["y"] * 3)
-    assert outcomes == [None, None, 1.0], (
-        f"{outcomes}: who abstains in either order abstains: None, neither a tie nor a loss")
+    said = {"x1": None, "y1": "B", "x2": "A", "y2": None, "x3": "A", "y3": "B"}  # by who is first
+    outcomes = pairwise(judge_by(lambda _, a, b: said[a]), ["p"] * 3, ["x1", "x2", "x3"],
+                        ["y1", "y2", "y3"])
+    if outcomes != [None, None, 1.0]:
+        you(f"return {outcomes}, where the judge abstains in one order of the first pair, and in "
+            "the other order of the second.", "[None, None, 1.0]: neither a tie nor a loss")
 
 
 def test_exercise_11_answers_in_prose():
-    try:
-        outcomes = judge.judge_pairwise(prepared(["Answer: B"], ["A"]), ["p"], ["x"], ["y"])
-    except ValueError:
-        return
-    pytest.fail(f"{outcomes}: 'Answer: B' is no verdict, and nothing is guessed: a ValueError",
-                pytrace=False)
+    def prose(first):  # in the order in which this summary stands first
+        return judge_by(lambda _, a, b: "Answer: B" if a == first else "A")
+
+    refuses([prose("x"), ["p"], ["x"], ["y"]], "'Answer: B' is no verdict.",
+            "a ValueError: nothing is guessed")
+    refuses([judge_by(lambda *_: "a"), ["p"], ["x"], ["y"]], "'a' is no verdict, 'A' is one.",
+            "a ValueError: nothing is guessed")
+    refuses([prose("y"), ["p"], ["x"], ["y"]], "'Answer: B' is no verdict in the second order, "
+            "either.", "a ValueError: both orders are looked at")
+
+
+def test_exercise_11_unequal_lists():
+    refuses([judge_by(lambda *_: "A"), ["p", "q"], ["x"], ["y"]],
+            "there are two posts and one pair of summaries.", "a ValueError: nothing is dropped")
 
 
 # ---------------------------------------------------------------------------- 12 interval
 
 
+def interval(*arguments):
+    return listed(ask(judge.wilson_interval, *arguments, results=0))
+
+
 def test_exercise_12_interval():
-    check(judge.wilson_interval(60 / 90, 90), [.564223, .755465], [
-        ([.569275, .764058], "share +- z standard errors: Wilson's is asymmetric and stays in "
-         "[0, 1]"),
-        ([.615385, .714286], "one standard error is not 95 %: z = 1.96"),
-    ], "Wilson's interval of 60 among 90")
+    check(interval(60 / 90, 90), [.564223, .755465], [
+        ([.569275, .764058], "took the share +- z standard errors of the share."),
+        ([.615385, .714286], "took one standard error, which is no 95 %: z = 1.96."),
+        ([.000971, .054173], "took the share for a count: it is divided by n already."),
+        ([.571046, .762288], "have the share at the centre: Wilson's is nearer to one half."),
+        ([.566439, .753249], "left out z^2 / (4 n^2) under the root."),
+        ([.755465, .564223], "have them in the wrong order."),
+        ([.659844, .095621], "return the centre and half of the width."),
+    ], "(low, high), Wilson's interval of 60 among 90")
+
+
+def test_exercise_12_z():
+    # a share of 5/16, with a tie in it: the centre is (5/16 + 1/16) / (9/8) = 1/3, half .155902
+    check(interval(5 / 16, 8, 1.0), [.177432, .489235], [
+        ([.102408, .644245], "do not use z: it is 1 here."),
+    ], "one standard error for z = 1, and any share: ties are halves")
 
 
 def test_exercise_12_edges():
-    check(judge.wilson_interval(0., 10), [0, .277533], [
-        ([0, 0], "none of 10 is not surely none: Wilson's interval is no point here")],
+    check(interval(0., 10), [0, .277533], [
+        ([0, 0], "took the share +- z standard errors: none of 10 is not surely none.")],
         "0 among 10: [0, z^2 / (n + z^2)]")
-    check(judge.wilson_interval(1., 10), [.722467, 1], otherwise="10 among 10")
-    check(judge.wilson_interval(math.nan, 0), [math.nan] * 2, otherwise="nothing: NaN, not 0")
+    check(interval(1., 10), [.722467, 1], otherwise="10 among 10")
+    check(interval(math.nan, 0), [math.nan] * 2, [
+        ([0, 0], "return 0 for nothing asked: NaN."), ([0, 1], "return [0, 1] for nothing: NaN."),
+    ], "NaN, NaN: nothing is known")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bugs import BUGS, plant
-from start import copy_project
+from hunts import copy_project
 
 pytestmark = pytest.mark.bugs
 ROOT = Path(__file__).parent.parent
