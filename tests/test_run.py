@@ -432,7 +432,7 @@ def test_what_is_installed_has_every_file_that_a_run_needs():
     modules, packages = (json.loads(re.search(rf"^{key} = (\[.*?\])", text, re.M | re.S)[1])
                          for key in ("py-modules", "packages"))
     assert sorted(modules) == sorted(path.stem for path in HERE.parent.glob("*.py"))
-    assert sorted(modules) == sorted(folder_file.MODULES)
+    assert set(modules) - set(folder_file.MODULES) == {"contrast"}  # no part of the loop
     folders = {path.parent.name for path in HERE.parent.glob("*/__init__.py")}
     assert {"engine"} == folders == {*packages}
     assert not [*HERE.parent.glob("engine/*/*.py")], "a folder that packages doesn't name"
