@@ -364,6 +364,8 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
                         loss, clipped = policy_loss(log_probs, part.log_probs, part.advantages,
                                                     part.mask, config.clip_range)
                         adam_step.add(loss * share)
+                        moved = part.log_probs - log_probs.detach()  # its mean: KL(pi_old || pi)
+                        sums["kl_to_old_policy"] += masked_mean(moved, part.mask) * share
                         sums["policy_loss"] += loss.detach() * share
                         sums["policy_clip_fraction"] += clipped * share
 
@@ -384,6 +386,17 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
     return critic
 
 
+def explained_variance(batch):
+    """1 - Var(R - V) / Var(R) over all actions of an update, R the returns and V the critic's
+    values before it. 1: it foresees each return; 0: it knows no more than their mean; below: less.
+    """
+    def variance(vectors):
+        return mean_of_all([x**2 for x in vectors]) - mean_of_all(vectors) ** 2
+
+    errors = variance([(part.returns - part.values)[part.mask] for part in batch])
+    return 1 - errors / max(variance([part.returns[part.mask] for part in batch]), 1e-8)
+
+
 def log_update(run, update, lr, batch, sums, n_steps):
     """A line of metrics.jsonl, means over the whole batch; and a warning where a run goes wrong."""
     metrics = {
@@ -394,7 +407,8 @@ def log_update(run, update, lr, batch, sums, n_steps):
         "length": mean_of_all([part.mask.sum(1) for part in batch]),  # tokens
         "ended": mean_of_all([part.ended for part in batch]),
         # -log pi of what was sampled: on average the entropy, in nats per token
-        "entropy": mean_of_all([-part.log_probs[part.mask] for part in batch])}
+        "entropy": mean_of_all([-part.log_probs[part.mask] for part in batch]),
+        "explained_variance": explained_variance(batch)}
     for name, total in sums.items():
         metrics[name] = sum_over_processes(total).item() / n_steps
     run.log("ppo", update, **metrics)

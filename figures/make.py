@@ -32,6 +32,7 @@ if str(HERE.parent) not in sys.path:
 
 import ppo
 import toy
+from contrast import train_dpo, train_rloo
 from engine.batches import generator_for
 from engine.report import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, Panel, draw
 from engine.settings import ModelConfig
@@ -50,7 +51,7 @@ COLORS = {
     "width 16": BLUE, "width 32": BLUE, "width 64": BLUE, "reward model, 500 comparisons": BLUE,
     "reward model, 4000 comparisons": BLUE, "reward model, 12000 comparisons": BLUE,
     "true": GREEN, "labeler": GREEN, "another labeler": GREEN, "who knows the taste": GREEN,
-    "log_ratio": VERMILION, "ROUGE-L": ORANGE, "SFT": SKY,
+    "log_ratio": VERMILION, "ROUGE-L": ORANGE, "SFT": SKY, "RLOO": VERMILION, "DPO": ORANGE,
     "PPO": PURPLE, "advantages": PURPLE, "shared with the policy": PURPLE,
     "best of 16": BLACK, "longest": GREY, "separate, from scratch": GREY}
 
@@ -308,6 +309,25 @@ def new_critic(world, trunk=None):
     return critic
 
 
+def what_came_after(world):
+    """Not in the paper: RLOO and DPO (contrast.py) beside it, from the same SFT model, comparisons
+    and, but for DPO, reward model; greedy summaries, best of 16 as in win_rates."""
+    posts, model, pad_id = world.held_out, world.reward_model(64), world.tokenizer.pad_token_id
+    (_, pairs), dpo, rloo = world.comparisons(), *copy.deepcopy([world.sft(64)] * 2)
+    # rate and batch: the better of 1e-4, 3e-4 and 1e-3 with batches of 32 on seed 0
+    train_dpo(Run(world.seed), dpo, pairs[HELD_OUT:][: world.sizes[-1]], pad_id, 3e-4, 32)
+    train_rloo(Run(world.seed), rloo, model, world.encode(world.posts, [])[0], world.tokenizer,
+               settings(return_sequences=4))
+    best = best_of_n(world.write, lambda *texts: world.score(model, *texts).tolist(),
+                     world.sft(64), posts[:100], 16)
+    for line, texts in (
+            ("SFT", world.write(world.sft(64), posts)), ("best of 16", best),
+            ("PPO", world.write(world.ppo(64)[0], posts)), ("RLOO", world.write(rloo, posts)),
+            ("DPO", world.write(dpo, posts))):
+        yield {"line": line, "words": mean(len(text.split()) for text in texts),
+               "preferred": mean(world.preferred(posts[: len(texts)], texts))}
+
+
 def tokens(world):
     """3.4: what each token of one summary is paid and worth, before advantages are whitened."""
     policy, critic, _ = world.ppo(64)
@@ -337,6 +357,9 @@ FIGURES = {
     "value-network": (value_networks, "A critic of its own, begun as the reward model, is best", [
         ("step", ["reward"], "PPO update", "linear", "reward (references = 0)"),
         ("step", ["difference"], "PPO update", "linear", "reward, minus the first line's")]),
+    "contrast": (what_came_after, "RLOO trusts the reward model as PPO does; DPO needs none", [
+        ("seed", ["preferred"], "seed of the tiny world", "linear", PREFERRED),
+        ("seed", ["words"], "seed of the tiny world", "linear", "words of a summary")]),
     "tokens": (tokens, "One summary as PPO sees it, token by token", [
         ("token position", ["log_ratio"], "", "linear", "log PPO/SFT (nats)"),
         ("token position", ["reward"], "", "linear", "reward"),

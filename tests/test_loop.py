@@ -189,6 +189,7 @@ def test_reference_and_old_log_probs_stay_where_they_were(model, tmp_path):
     first, last = run.history("ppo")
     assert abs(last["kl_per_summary"]) > 1e-3, (
         "KL 0 to the SFT model after an update: is the reference the policy itself?")
+    assert first["kl_to_old_policy"] > 1e-3, "four passes move the policy away from pi_old"
     assert first["policy_clip_fraction"] > 0, (
         "no ratio ever left 1 +- 0.2 in four passes: are the old log-probs computed anew?")
 
@@ -297,6 +298,19 @@ def test_each_update_has_the_next_posts_and_logs_the_mean_of_its_steps(
         assert line["entropy"] == pytest.approx(-actions(batch, "log_probs").mean().item(),
                                                 rel=1e-4)
         assert line["ended"] == pytest.approx(summaries(batch, "ended").float().mean().item())
+        assert line["kl_to_old_policy"] == 0, "at rate 0 nothing moves"
+        returns, values = actions(batch, "returns"), actions(batch, "values")
+        unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
+        assert line["explained_variance"] == pytest.approx(1 - unexplained.item(), rel=1e-3)
+
+
+def test_explained_variance_by_hand():
+    """Returns 1, 3, 2, 6 (variance 3.5), errors 0, 1, -1, 2 (variance 1.25): 1 - 1.25 / 3.5."""
+    mask = torch.tensor([[True, True, False]])
+    batch = [SimpleNamespace(returns=torch.tensor([[a, b, 99.0]]), mask=mask,
+                             values=torch.tensor([[a - x, b - y, -99.0]]))
+             for a, b, x, y in ((1.0, 3.0, 0.0, 1.0), (2.0, 6.0, -1.0, 2.0))]
+    assert ppo.explained_variance(batch) == pytest.approx(1 - 1.25 / 3.5)
 
 
 USED_BY_OTHERS = [

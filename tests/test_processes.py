@@ -48,7 +48,7 @@ SPLITS = {"whole": {}, "1 at a time": {"micro_batch_size": 1},
 # Where a minibatch is cut by length, two processes have other minibatches than one: in sum the same
 MIXED = "2 minibatches, 1 at a time"
 METRICS = ("reward", "kl_per_summary", "length", "ended", "entropy", "policy_loss", "value_loss",
-           "policy_clip_fraction", "value_clip_fraction")
+           "policy_clip_fraction", "value_clip_fraction", "kl_to_old_policy", "explained_variance")
 
 
 def settings(**changes):
