@@ -97,15 +97,17 @@ def zeros(*shape):
     return torch.zeros(shape, dtype=torch.long, device="meta")
 
 
-def sample(model, rows, Q, T, k):
-    """As lm.sample, but for all tokens after the first at once: little more than one at a time."""
-    post, mask = zeros(rows // k, Q), zeros(rows, Q + T - 1)
-    cache = DynamicCache(config=model.config)
-    for ids, mask in ((post, post), (zeros(rows, T - 1), mask)):
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": ids, CACHE: cache}
-        logits = model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+def sample(alive, model, rows, Q, T, k):
+    """As lm.sample, but all tokens between the post and the last one are read at once: what that
+    takes more than one by one is not counted."""
+    cache, read = DynamicCache(config=model.config), 0
+    for n, width, counts in ((rows // k, Q, True), (rows, max(1, T - 2), False), (rows, 1, True)):
+        ids, before, read = zeros(n, width), alive.most, read + width
+        logits = model(input_ids=ids, attention_mask=zeros(n, read), position_ids=ids,
+                       use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1]
         torch.softmax(logits.float() / 0.7, -1)
-        if ids is post and k > 1:
+        alive.most = alive.most if counts else before
+        if n < rows:
             cache.reorder_cache(torch.arange(rows, device="meta") // k)
 
 
@@ -117,15 +119,16 @@ def inputs(model, rows, Q, T, k):
 
 def log_probs(model, rows, Q, T, k):
     """As lm.response_log_probs."""
-    logits = model(**inputs(model, rows, Q, T, k), logits_to_keep=k * T + 1, use_cache=False).logits
+    given = inputs(model, rows, Q, T, k)  # alive to the end, as there
+    logits = model(**given, logits_to_keep=k * T + 1, use_cache=False).logits
     logits = unpack(logits, T, k)[:, :-1].float()
     return torch.log_softmax(logits / 0.7, -1).take_along_dim(zeros(rows, T, 1), -1)
 
 
 def scores(model, rows, Q, T, k):
     """As RewardModel.forward."""
-    trunk = trunk_of(model)
-    hidden = trunk(**inputs(model, rows, Q, T, k), use_cache=False).last_hidden_state.float()
+    given = inputs(model, rows, Q, T, k)
+    hidden = trunk_of(model)(**given, use_cache=False).last_hidden_state.float()
     with full_precision(hidden.device):
         return torch.nn.functional.linear(hidden, hidden.new_zeros(1, hidden.shape[-1]))
 
@@ -151,7 +154,7 @@ def turns_of(alive, model, settings):
         # within backward() AsOnGPU is off, unless the layers that are computed again switch it on
         checkpoint_activations(trunk_of(model), lambda: (nullcontext(), AsOnGPU()))
     with torch.no_grad():
-        turns = {"sampling": alive.during(sample, model, sampled, Q, T, k),
+        turns = {"sampling": alive.during(sample, alive, model, sampled, Q, T, k),
                  "measuring": alive.during(log_probs, model, rows, Q, T, beside),
                  "scoring": alive.during(
                      scores, model, settings.rollout_batch_size or 256, Q, S, 1)}
