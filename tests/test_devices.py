@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_lm import CONFIGS, build
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import devices, models
 from engine.batches import one_step
@@ -102,19 +103,40 @@ def test_largest_logit_by_hand():
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_float16_carries_gradients_larger_and_steps_the_same(half, monkeypatch):
+def test_float16_carries_gradients_larger_and_steps_the_same(half):
     """By hand: x = 3, loss = 2 x: a gradient of 2, and SGD from 3 at rate .1 comes to 2.8."""
     seen = []
-    if half:
-        monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: True)
-        monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float16)
     x = torch.tensor(3.0, requires_grad=True)
-    with one_step(torch.optim.SGD([x], lr=1.0), 0.1) as step:
+    optimizer, in_half = torch.optim.SGD([x], lr=1.0), torch.autocast("cpu", torch.float16, half)
+    with in_half, one_step(optimizer, 0.1) as step:
         loss = 2 * x
         loss.register_hook(lambda gradient: seen.append(gradient.item()))
         step.add(loss)
     assert seen == [1024 if half else 1] and x.grad.item() == 2
     assert x.item() == pytest.approx(2.8) and step.loss == 6, "the loss is said as it is"
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor has that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        self.numbers = max(self.numbers, result.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_head_is_not_copied_for_each_row(frozen):
+    """The last places of 8 rows, as the logits are made of: 8 x 5 x 400 logits are the largest
+    tensor, and 8 copies of the 400 x 100 weights would be larger."""
+    head = devices.Float32Linear(100, 400, bias=False).requires_grad_(not frozen)
+    hidden = torch.rand(8, 9, 100)
+    with torch.no_grad(), Largest() as largest:
+        logits = head(hidden[:, -5:])
+    assert 8 * 5 * 400 <= largest.numbers <= 400 * 100
+    assert torch.allclose(logits, hidden[:, -5:] @ head.weight.T, atol=1e-5)
 
 
 def test_memory_of_a_device(monkeypatch):
