@@ -28,7 +28,8 @@ aten = torch.ops.aten
 MARGIN = 1.01
 # torch.autocast lets tensors on the meta device be. This is what it does on a GPU to the functions
 # that make a model's large tensors; others (pow, log_softmax, ...) changed no plan by a thousandth
-IN_HALF, IN_FLOAT32 = {"linear", "matmul", "scaled_dot_product_attention"}, {"layer_norm", "softmax"}
+IN_HALF = {"linear", "matmul", "scaled_dot_product_attention"}
+IN_FLOAT32 = {"layer_norm", "softmax"}
 
 
 class AsOnGPU(TorchFunctionMode):

@@ -418,6 +418,7 @@ def test_what_was_asked_for_stays(prepared, capsys):
     assert "(--checkpoint_activations)" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_full_preset_fits_on_80_gb_and_all_weights_of_6b_do_not():
     gptj = GPTJConfig()  # its defaults are those of GPT-J-6B
     d, rows = 4096, 50400
