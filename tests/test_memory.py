@@ -27,6 +27,7 @@ import reward
 import rlhf_minimal
 import sft
 from engine.adapters import add_adapter, trainable
+from engine.devices import prepare
 from engine.folder import flatten
 from engine.memory import Alive, check_memory, memory_plan, peak_of
 from engine.settings import ModelConfig, SettingError
@@ -190,7 +191,7 @@ def train(config, dtype=torch.float32, around=lambda one_step: one_step, **chang
     """One update of train_ppo on random prompts, 12 tokens long; the networks and optimizers."""
     seen, rollout = {}, ppo.rollout
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype).eval()
+    model = prepare(AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(dtype)).eval()
     if "lora_rank" in changes:
         model = add_adapter(model, changes["lora_rank"], 0)
     reward_model = reward.RewardModel(model)
