@@ -151,6 +151,8 @@ def checkpoint_activations(model, context_fn=noop_context_fn):
     """Keep the input of each layer only, and compute the rest again in the backward pass.
     context_fn: torch.utils.checkpoint's, two contexts, of the first time and of the second."""
     network = no_dropout(model.network if isinstance(model, Adapted) else model)
+    if not network.supports_gradient_checkpointing:
+        raise SettingError(f"--checkpoint_activations: {network.config.model_type} can't do that")
 
     def switch(module, _):
         for layer in module.modules():
@@ -161,4 +163,6 @@ def checkpoint_activations(model, context_fn=noop_context_fn):
     network.activation_checkpointing_enable(
         {"use_reentrant": False, "context_fn": context_fn,
          "preserve_rng_state": False})  # nothing in a layer is random
+    # transformers asks for gradients of the embeddings, which this form of it does without
+    network.disable_input_require_grads()
     network.register_forward_pre_hook(switch)

@@ -76,7 +76,8 @@ class Float32Linear(nn.Linear):
     def forward(self, x):
         with full_precision(x.device):
             bias = None if self.bias is None else self.bias.float()
-            # contiguous: else, where the weights are frozen, a copy of them is made for each row
+            # contiguous: else, where the weights are frozen, torch makes a product of each row, and
+            # reads all of the weights each time
             return nn.functional.linear(x.float().contiguous(), self.weight.float(), bias)
 
 

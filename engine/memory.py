@@ -5,6 +5,7 @@ torch's "meta" device, where a tensor has a shape and a type but neither numbers
 does there once what a run will do with it, while each tensor is counted for as long as it lives.
 """
 
+import math
 import weakref
 from contextlib import nullcontext
 from functools import partial
@@ -16,16 +17,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from engine.adapters import add_adapter, checkpoint_activations, trainable, trunk_of
+from engine.architectures import CACHE
 from engine.batches import pack, unpack
 from engine.devices import full_precision, mixed_precision, prepare
 from engine.settings import SettingError
 
 aten = torch.ops.aten
-# What torch.autocast does on a GPU to the functions of a language model, by their names
-IN_HALF = {"linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm",
-           "scaled_dot_product_attention"}
-IN_FLOAT32 = {"layer_norm", "softmax", "log_softmax", "pow", "__pow__", "rsqrt", "exp", "log",
-              "softplus", "sum", "cumsum", "norm"}
+# What is not counted: tensors of a number per token or row, what an optimiser's step makes in
+# passing, and that a GPU gives memory out in pieces of 512 bytes and more
+MARGIN = 1.01
+# torch.autocast lets tensors on the meta device be. This is what it does on a GPU to the functions
+# that make a model's large tensors; others (pow, log_softmax, ...) changed no plan by a thousandth
+IN_HALF = {"linear", "matmul", "scaled_dot_product_attention"}
+IN_FLOAT32 = {"layer_norm", "softmax"}
 
 
 class AsOnGPU(TorchFunctionMode):
@@ -33,27 +37,23 @@ class AsOnGPU(TorchFunctionMode):
 
     def __torch_function__(self, function, types, arguments=(), named=None):
         name, named = getattr(function, "__name__", ""), named or {}
-        if torch.is_autocast_enabled("cpu"):  # it leaves meta tensors alone, and says what is on
-            half = torch.get_autocast_dtype("cpu")
-            dtype = half if name in IN_HALF else torch.float32 if name in IN_FLOAT32 else None
-            if dtype:
-                arguments, named = tree_map(partial(cast, dtype=dtype), (arguments, named))
+        half = torch.get_autocast_dtype("cpu")
+        dtype = half if name in IN_HALF else torch.float32 if name in IN_FLOAT32 else None
+        if dtype and torch.is_autocast_enabled("cpu"):
+            arguments, named = tree_map(partial(cast, dtype), (arguments, named))
         if name == "scaled_dot_product_attention":
-            return attention(*arguments, **named)
+            function = attention
         return function(*arguments, **named)
 
 
-def cast(x, dtype):
+def cast(dtype, x):
     return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-    """By the kernels of a GPU, which never hold the scores of all pairs of tokens."""
-    if attn_mask is None and query.dtype != torch.float32:
-        return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **_):
+    """By a kernel of a GPU, which never holds the scores of all pairs of tokens."""
     if attn_mask is not None:
-        # a copy whose rows begin at multiples of 16, for the kernel
-        columns = key.shape[2]
+        columns = key.shape[2]  # of the mask, whose rows are to begin at multiples of 16: a copy
         padded = torch.nn.functional.pad(attn_mask.to(query.dtype), (0, -columns % 16))
         attn_mask = padded[..., :columns].expand(*query.shape[:3], columns)
     return aten._scaled_dot_product_efficient_attention(
@@ -72,6 +72,7 @@ class Alive(TorchDispatchMode):
             return 0
         result = function(*arguments, **(named or {}))
         for x in tree_leaves(result):
+            # views share a storage, which is what has bytes
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.sizes:
                 storage = x.untyped_storage()
                 self.sizes[storage._cdata] = storage.nbytes()
@@ -97,49 +98,44 @@ def zeros(*shape):
     return torch.zeros(shape, dtype=torch.long, device="meta")
 
 
+def sample(alive, model, rows, Q, T, k):
+    """As lm.sample, but all tokens between the post and the last one are read at once: what that
+    takes more than one by one is not counted."""
+    cache, read = DynamicCache(config=model.config), 0
+    for n, width, counts in ((rows // k, Q, True), (rows, max(1, T - 2), False), (rows, 1, True)):
+        ids, before, read = zeros(n, width), alive.most, read + width
+        logits = model(input_ids=ids, attention_mask=zeros(n, read), position_ids=ids,
+                       use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1]
+        torch.softmax(logits.float() / 0.7, -1)
+        alive.most = alive.most if counts else before
+        if n < rows:
+            cache.reorder_cache(torch.arange(rows, device="meta") // k)
+
+
 def inputs(model, rows, Q, T, k):
     """What a model takes, for rows of Q + T tokens, the k of a post side by side."""
     ids = zeros(rows, Q + T)
     return pack(ids, ids, ids, T, k, model.dtype)
 
 
-@torch.no_grad()
-def sample(model, rows, Q, T, k):
-    """As lm.sample, but for all tokens after the first at once: little more than one at a time."""
-    post, mask, more = zeros(rows // k, Q), zeros(rows, Q + T - 1), {}
-    for ids, mask in ((post, post), (zeros(rows, T - 1), mask)):
-        output = model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=True,
-                       logits_to_keep=1, **more)
-        torch.softmax(output.logits[:, -1].float() / 0.7, -1)
-        more = {name: x for name, x in output.items() if name != "logits"}  # the cache
-        for cache in more.values() if ids is post and k > 1 else ():
-            cache.reorder_cache(torch.arange(rows, device="meta") // k)
-
-
 def log_probs(model, rows, Q, T, k):
     """As lm.response_log_probs."""
-    logits = model(**inputs(model, rows, Q, T, k), logits_to_keep=k * T + 1, use_cache=False).logits
+    given = inputs(model, rows, Q, T, k)  # alive to the end, as there
+    logits = model(**given, logits_to_keep=k * T + 1, use_cache=False).logits
     logits = unpack(logits, T, k)[:, :-1].float()
     return torch.log_softmax(logits / 0.7, -1).take_along_dim(zeros(rows, T, 1), -1)
 
 
 def scores(model, rows, Q, T, k):
     """As RewardModel.forward."""
-    trunk = trunk_of(model)
-    hidden = trunk(**inputs(model, rows, Q, T, k), use_cache=False).last_hidden_state.float()
+    given = inputs(model, rows, Q, T, k)
+    hidden = trunk_of(model)(**given, use_cache=False).last_hidden_state.float()
     with full_precision(hidden.device):
-        return torch.nn.Linear(hidden.shape[-1], 1, device="meta")(hidden)
+        return torch.nn.functional.linear(hidden, hidden.new_zeros(1, hidden.shape[-1]))
 
 
-def read(function, *arguments):
-    with torch.no_grad():
-        function(*arguments)
-
-
-def learn(last, function, *arguments):
-    """The backward pass, after which what function gave lives on in last."""
-    last.append(function(*arguments))
-    last[0].sum().backward()
+def learn(function, *arguments):
+    function(*arguments).sum().backward()
 
 
 def turns_of(alive, model, settings):
@@ -149,51 +145,44 @@ def turns_of(alive, model, settings):
     batch = settings.ppo_batch_size // settings.ppo_minibatches
     rows = k * max(1, min(micro or batch, batch) // k)
     sampled = k * max(1, (settings.rollout_batch_size or settings.ppo_batch_size) // k)
+    pairs, posts = micro or settings.reward_batch_size, micro or settings.sft_batch_size
+    # where rows leave a window of attention, each summary has a row of its own (architectures.py)
+    window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
+    beside, pair = (1, 1) if Q + max(T, S) > window else (k, 2)
     for p in trainable(model):
         p.grad = torch.zeros_like(p)  # of the microbatches before
     if settings.checkpoint_activations:
         # within backward() AsOnGPU is off, unless the layers that are computed again switch it on
         checkpoint_activations(trunk_of(model), lambda: (nullcontext(), AsOnGPU()))
-    scored = settings.rollout_batch_size or 256
-    last, before = [], alive.now
-    turns = {"updating": alive.during(learn, last, log_probs, model, rows, Q, T, k),
-             "sampling": alive.during(sample, model, sampled, Q, T, k),
-             "measuring": alive.during(read, log_probs, model, rows, Q, T, k),
-             "scoring": alive.during(read, scores, model, scored, Q, S, 1)}
-    left = alive.now - before  # what the last graph of each network keeps until the next one
-    turns = {name: size + (left if name == "updating" else 2 * left)
-             for name, size in turns.items()}
-    # before PPO: two summaries of a post for the reward model, and a reference for SFT
-    pairs, posts = micro or settings.reward_batch_size, micro or settings.sft_batch_size
-    turns["reward"] = alive.during(learn, [], scores, model, 2 * pairs, Q, S, 2)
+    with torch.no_grad():
+        turns = {"sampling": alive.during(sample, alive, model, sampled, Q, T, k),
+                 "measuring": alive.during(log_probs, model, rows, Q, T, beside),
+                 "scoring": alive.during(
+                     scores, model, settings.rollout_batch_size or 256, Q, S, 1)}
+    turns["updating"] = alive.during(learn, log_probs, model, rows, Q, T, beside)
+    turns["reward"] = alive.during(learn, scores, model, 2 * pairs, Q, S, pair)
     if settings.base_model:
-        turns["sft"] = alive.during(learn, [], log_probs, model, posts, Q, S, 1)
+        turns["sft"] = alive.during(learn, log_probs, model, posts, Q, S, 1)
     return turns
-
-
-def rough_turn(settings, config):
-    """In place of turns_of, for an architecture that has to see numbers, as many a mixture of
-    experts: more than those take that were counted."""
-    c, length = config.get_text_config(), settings.query_length + 2 * settings.summary_length
-    rows = settings.micro_batch_size or settings.ppo_batch_size
-    layers = 128 * c.num_hidden_layers * c.hidden_size  # bytes of a token, its activations
-    logits = 24 * c.vocab_size * (settings.response_length + 1)
-    sampled = settings.rollout_batch_size or max(settings.ppo_batch_size, 256)
-    cache = (8 * c.num_hidden_layers + 128) * c.hidden_size
-    return {"roughly": max(rows * (length * layers + logits), sampled * length * cache)}
 
 
 # ---------------------------------------------------------------------------- the plan
 
 
-def empty(config, dtype):
-    """The model without its numbers."""
+def empty(config, dtype, rank=0):
+    """The model without its numbers; SettingError where no library makes one of the config."""
     try:
         with torch.device("meta"):
-            return prepare(AutoModelForCausalLM.from_config(config, dtype=dtype)).eval()
+            model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype)).eval()
+        return add_adapter(model, rank, seed=0) if rank else model
     except Exception as error:  # of any library
-        raise SettingError(f"{config.model_type}: no model can be made of its config "
-                           f"({type(error).__name__}: {str(error)[:150]!r})") from None
+        cure = " with adapters (--lora_rank 0 trains all weights)" if rank else ""
+        raise SettingError(f"{config.model_type}: no model can be made of its config{cure}: "
+                           f"{str(error)[:150]}") from None
+
+
+def numbers(parameters):
+    return sum(p.numel() for p in parameters)
 
 
 def memory_plan(settings, model_config, judge_config=None, device="cuda", dtype=None):
@@ -207,42 +196,38 @@ def memory_plan(settings, model_config, judge_config=None, device="cuda", dtype=
     four models in float32.
     """
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
-    half, adapters = dtype.itemsize, settings.lora_rank > 0
-    alive = Alive()
+    rank, alive = settings.lora_rank, Alive()
+    judge = numbers(empty(judge_config, dtype).parameters()) if judge_config else 0
     with alive, AsOnGPU(), mixed_precision("cpu", dtype):
-        model = empty(model_config, dtype if adapters else torch.float32)
-        n, n_trunk = model.num_parameters(), trunk_of(model).num_parameters()
-        head = model_config.get_text_config().hidden_size + 1
-        if adapters:
-            try:
-                model = add_adapter(model, settings.lora_rank, seed=0)
-            except SettingError:  # peft isn't there
-                raise
-            except ValueError as error:
-                raise SettingError(f"{model_config.model_type}: it takes no adapters ({error}); "
-                                   "train all weights with --lora_rank 0") from None
-        own = sum(p.numel() for p in trainable(model))
+        model = empty(model_config, dtype if rank else torch.float32, rank)
+        own = numbers(trainable(model))
         try:
             turns = turns_of(alive, model, settings)
-        except Exception:  # of any library
-            turns = rough_turn(settings, model_config)
-    if not adapters and "reward" in turns:  # the policy and the critic have no averages yet
-        turns = {name: max(0, size - 16 * n_trunk) if name in ("reward", "sft") else size
-                 for name, size in turns.items()}
-    # Run.steps(snapshot=True) keeps a copy of values and averages in this memory
-    undo = 12 if device == "cpu" else 0
-    return {
-        "weights": half * n + 4 * (2 * own + head) if adapters else 4 * 2 * (n + n_trunk + head),
-        "trained": ((16 + undo) * (2 * own + head) if adapters
-                    else (12 + undo) * (n + n_trunk + head)),
-        "judge": half * empty(judge_config, dtype).num_parameters() if judge_config else 0,
-        **turns}
+        except SettingError:
+            raise
+        except Exception as error:  # most mixtures of experts ask for numbers, Bloom for its mask
+            turns = {}
+            print(f"memory: {model_config.model_type} can't be tried before it is loaded; what it "
+                  f"computes comes on top of the plan ({str(error)[:80]!r})")
+    head = model_config.get_text_config().hidden_size + 1  # of critic and reward model
+    if rank:
+        frozen, trained = numbers(model.parameters()) - own, 2 * own + head
+        weights, each = dtype.itemsize * frozen + 4 * trained, 16
+    else:
+        trunk = numbers(trunk_of(model).parameters())
+        trained, each = own + trunk + head, 12
+        weights = 2 * 4 * trained
+        for name in turns.keys() & {"reward", "sft"}:  # before PPO; its networks take 16 bytes more
+            turns[name] = max(0, turns[name] - 16 * trunk)
+    each += 12 if device == "cpu" else 0  # Run.steps keeps a copy of values and averages, there
+    return {"weights": weights, "trained": each * trained, "judge": dtype.itemsize * judge, **turns}
 
 
 def peak_of(plan):
     """The bytes of a memory_plan at a time."""
     always = plan["weights"] + plan["trained"] + plan["judge"]
-    return always + max(plan[name] for name in plan if name not in ("weights", "trained", "judge"))
+    turns = [size for name, size in plan.items() if name not in ("weights", "trained", "judge")]
+    return math.ceil(MARGIN * (always + max(turns, default=0)))
 
 
 def check_memory(plan, available, where):

@@ -58,8 +58,9 @@ class ModelConfig:
     lora_rank: int = HfArg(default=0, help="of adapters; 0 = train all weights, as the paper does")
     micro_batch_size: int = HfArg(default=0, help="rows in memory at a time; 0 = the whole batch")
     rollout_batch_size: int = HfArg(default=0, help="rows sampled at a time; 0 = the whole batch")
-    # less memory, a third more compute
-    checkpoint_activations: Optional[bool] = HfArg(default=None, help="None: if memory is short")
+    # less memory, a third more compute. By itself on the command line it means true
+    checkpoint_activations: Optional[bool] = HfArg(default=None, help="None: if memory is short",
+                                                   metadata={"nargs": "?", "const": True})
 
 
 JUDGES = ("labeler", "longest", "reward_model")  # any other name of a judge is a model's

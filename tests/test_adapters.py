@@ -143,6 +143,36 @@ def test_gradients_go_to_the_network_that_was_asked_and_to_no_other():
     assert with_gradient == {name for name, _ in adapters.trainable_named(critic)}
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_frozen_network_keeps_no_gradients_of_its_training(rank):
+    """They would be as large as its weights, through all of PPO."""
+    policy = build(CONFIGS["llama"]())
+    reward_model = RewardModel(adapters.add_adapter(policy, rank, seed=7) if rank else policy)
+    for p in adapters.trainable(reward_model):
+        p.grad = torch.ones_like(p)
+    critic = other_networks(policy, reward_model, None, CONFIG)[1] if not rank else None
+    adapters.freeze(reward_model)
+    assert all(p.grad is None for p in reward_model.parameters())
+    assert critic is None or all(p.grad is None for p in critic.parameters())
+
+
+def test_layers_that_are_computed_twice_ask_for_no_gradient_of_frozen_embeddings():
+    """A gradient that nobody reads, of the size of a layer's input; ours are the same without."""
+    found = []
+    for twice in (False, True):
+        policy = adapters.add_adapter(build(CONFIGS["llama"]()), 2, seed=7)
+        move(policy, .1)
+        if twice:
+            adapters.checkpoint_activations(policy)
+        policy.network.get_input_embeddings().register_forward_hook(
+            lambda module, _, output: found.append(output.requires_grad))
+        response_log_probs(policy, IDS, REAL, WIDTH)[ON].sum().backward()
+        found.append([p.grad for p in adapters.trainable(policy)])
+    once, expected, again, got = found
+    assert not once and not again
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(expected, got))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @every_architecture
 def test_what_is_saved_scores_as_what_was_trained(architecture, dtype, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from test_lm import close, t
 
 from engine import batches
+from engine.devices import Float32Linear
 from engine.settings import SettingError
 
 torch.set_num_threads(1)
@@ -320,6 +321,16 @@ def test_the_activations_of_a_microbatch_are_free_after_it():
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             loss.backward()
         assert not step.total.requires_grad
+
+
+def test_the_backward_pass_rounds_nothing_that_was_made_in_float32():
+    """The head's product is in float32 within autocast, and so are its gradients: here the rows of
+    x, whose 24 bits bfloat16 would cut to 8."""
+    x, head = torch.tensor([[1 / 3, 2 / 7]]), Float32Linear(2, 1, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        with batches.one_step(torch.optim.SGD([head.weight], lr=0.0), 0.0) as step:
+            step.add(head(x).sum())
+    assert torch.equal(head.weight.grad, x) and not torch.equal(x.bfloat16().float(), x)
 
 
 @pytest.mark.parametrize("value, slope, text", [

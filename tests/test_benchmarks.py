@@ -63,6 +63,7 @@ def test_loop_gives_the_shares_of_the_stages(tmp_path):
     assert found["share"]["total"] == 1
 
 
+@pytest.mark.slow
 def test_the_readmes_estimates_are_those_of_the_script(capsys, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import estimates

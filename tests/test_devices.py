@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_lm import CONFIGS, build
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import devices, models
 from engine.batches import one_step
@@ -113,6 +114,30 @@ def test_float16_carries_gradients_larger_and_steps_the_same(half):
         step.add(loss)
     assert seen == [1024 if half else 1] and x.grad.item() == 2
     assert x.item() == pytest.approx(2.8) and step.loss == 6, "the loss is said as it is"
+
+
+class Operations(TorchDispatchMode):
+    """Remembers the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        self.names.append(function.overloadpacket.__name__)
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_logits_of_all_rows_are_one_product(frozen):
+    """Of the last places of 8 rows, which don't lie one after the other in memory: one product of
+    all rows by the weights, and not 8 that read the weights 8 times."""
+    head = devices.Float32Linear(100, 400, bias=False).requires_grad_(not frozen)
+    hidden = torch.rand(8, 9, 100)
+    with torch.no_grad(), Operations() as operations:
+        logits = head(hidden[:, -5:])
+    assert operations.names.count("mm") == 1 and "bmm" not in operations.names
+    assert torch.allclose(logits, hidden[:, -5:] @ head.weight.T, atol=1e-5)
 
 
 def test_memory_of_a_device(monkeypatch):
