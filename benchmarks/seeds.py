@@ -2,8 +2,9 @@
 
     python benchmarks/seeds.py --seeds 10 11 12 13 14 15 16 17 18 19 [--output_dir runs/seeds]
 
-Prints a Markdown table of mean, minimum and maximum; a seed whose results.json is there already is
-read, not run again.
+Prints a Markdown table of mean, minimum and maximum, and writes the numbers of each seed to
+seeds.json in that folder (the README's are in benchmarks/seeds.json); a seed whose results.json is
+there already is read, not run again.
 """
 
 import argparse
@@ -59,9 +60,12 @@ def main():
         runs.append(json.loads((folder / "results.json").read_text(encoding="utf-8")))
         print(f"seed {seed}: PPO against reference "
               f"{runs[-1]['ppo_vs_reference']['win_rate']:.3f}", file=sys.stderr, flush=True)
+    measures = {path: [read(run, path) for run in runs] for _, path in MEASURES}
+    Path(arguments.output_dir, "seeds.json").write_text(json.dumps(
+        {"seeds": arguments.seeds, "measures": measures}, indent=1) + "\n", encoding="utf-8")
     print(f"| measure, {len(runs)} seeds | mean | min | max |\n|---|---|---|---|")
     for name, path in MEASURES:
-        numbers = [read(run, path) for run in runs]
+        numbers = measures[path]
         print(f"| {name} | {sum(numbers) / len(numbers):.3f} | {min(numbers):.3f} | "
               f"{max(numbers):.3f} |")
 

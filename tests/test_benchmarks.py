@@ -81,3 +81,25 @@ def test_the_readmes_estimates_are_those_of_the_script(capsys, monkeypatch):
         ours = [float(rows[preset][i].removesuffix(" h")) for i in shown[preset]]
         assert said == [round(x) if x > 10 and preset == "full" else x for x in ours], preset
     assert set(stated) == {"student", "day", "full"}
+
+
+TABLE = {"SFT against reference": "sft_vs_reference.win_rate",
+         "**PPO against reference**": "ppo_vs_reference.win_rate",
+         "**PPO against SFT**": "ppo_vs_sft.win_rate",
+         "reward model's accuracy on held-out labels": "reward_accuracy",
+         "its accuracy on pairs": "reward_accuracy_swapped_fact",
+         "KL, nats per summary": "kl_per_summary"}
+
+
+@pytest.mark.parametrize("row", TABLE)
+def test_the_readmes_results_are_those_of_the_ten_seeds(row):
+    told = json.loads((BENCHMARKS / "seeds.json").read_text(encoding="utf-8"))
+    numbers = told["measures"][TABLE[row]]
+    assert told["seeds"] == list(range(10, 20)) and len(numbers) == 10
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    results = readme[readme.index("## Results") :]
+    (line,) = [line for line in results.split("\n") if line.startswith(f"| {row}")]
+    digits = 2 if row.startswith("KL") else 3
+    expected = [sum(numbers) / 10, min(numbers), max(numbers)]
+    assert [cell.strip(" *") for cell in line.split("|")[2:5]] == [
+        f"{number:.{digits}f}" for number in expected]
