@@ -158,11 +158,10 @@ def parse(arguments, configs):
     defaults = dict(PRESETS[settings.preset])
     if settings.base_model and settings.sft_model:
         refuse("--base_model and --sft_model: expected one of them")
-    for name, other in (("sft_model", "base_model"), ("base_model", "sft_model")):
-        given = getattr(settings, name)
-        if given and given != defaults.get(name):  # what belongs to the preset's own model goes
-            for mine in (other, "tokenizer", "prompt_newlines"):
-                defaults.pop(mine, None)
+    given = settings.base_model, settings.sft_model
+    if any(given) and given != (defaults.get("base_model"), defaults.get("sft_model")):
+        for name in ("base_model", "sft_model", "tokenizer", "prompt_newlines"):
+            defaults.pop(name, None)  # what belongs to the preset's own model
     parser.set_defaults(**defaults)
     if settings.fast_dev_run:
         parser.set_defaults(**FAST)
