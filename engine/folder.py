@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from engine.checkpoints import flatten, put_back
-from engine.processes import agreed, gather, n_processes, rank
+from engine.processes import agreed, exchange, n_processes, rank
 from engine.settings import JUDGES, SettingError
 
 
@@ -66,9 +66,8 @@ def named_sources(settings, local):
 def describe(settings):
     """What config.json holds: settings, versions, and a digest of each file a result depends on."""
     root = Path(__file__).resolve().parent.parent
-    top = [root / f"{name}.py" for name in MODULES]
-    if (root / "pyproject.toml").exists():  # a clone
-        top = root.glob("*.py")
+    cloned = (root / "pyproject.toml").exists()
+    top = root.glob("*.py") if cloned else [root / f"{name}.py" for name in MODULES]
     sources = sorted([*top, *root.glob("engine/*.py")])
     files = {path.relative_to(root).as_posix(): digest(path) for path in sources}
     files |= {name: digest(Path(name)) for name in named_sources(settings, local=True)}
@@ -118,9 +117,7 @@ def check_folder(folder, config, restart=False, resume=False):
     with other settings or files. Changes nothing; returns what is to be said about versions."""
     name, folder = f"--output_dir {folder}", Path(folder)
     try:
-        found = {*os.listdir(folder)} - {LOCK, PARTIAL}
-    except FileNotFoundError:
-        return []
+        found = {*os.listdir(folder)} - {LOCK, PARTIAL} if folder.exists() else {}
     except OSError:  # it may be written to, and still hold files of others
         raise SettingError(f"{name}: expected a folder, found a file or a folder that may not be "
                            "listed; choose another one") from None
@@ -130,11 +127,11 @@ def check_folder(folder, config, restart=False, resume=False):
     if not began_with:
         raise SettingError(f"{name} holds other files ({min(found)}, ...): nothing is ever deleted "
                            "there, choose a new folder")
-    if not restart and not resume:
-        raise SettingError(f"{name} already holds a run: choose a new folder, go on with --resume, "
-                           "or throw that run away with --restart")
     if restart:
         return []
+    if not resume:
+        raise SettingError(f"{name} already holds a run: choose a new folder, go on with --resume, "
+                           "or throw that run away with --restart")
     old, versions = by_name(began_with), began_with["environment"]
     for key, value in by_name(config).items():
         if key not in MAY_DIFFER and old.get(key) != value:
@@ -279,8 +276,8 @@ class Run:
                 done = step + 1 == total
                 due = done or time.perf_counter() >= next_save
                 # all stop together, and not before the first process has saved
-                flags = torch.stack(gather(torch.tensor([self.stopping, due]))).any(0)
-                self.stopping, due = flags.tolist()
+                flags = torch.tensor(exchange((self.stopping, due)))
+                self.stopping, due = flags.any(0).tolist()
                 if due or self.stopping:
                     begun = time.perf_counter()
                     with agreed():  # what is finished needs its optimizers no more
@@ -395,7 +392,8 @@ KL_BOUND = 40  # nats per summary; the paper's own runs end below 20 (Table 9)
 
 def warn_of_collapse(run):
     """Say out loud what the curves of a run gone wrong show. The bounds are ours."""
-    first, *_, last = 2 * run.history("ppo")
+    updates = run.history("ppo")
+    first, last = updates[0], updates[-1]
     if last["kl_per_summary"] > KL_BOUND:
         run.warn("kl", f"ppo step {last['step']}: KL {last['kl_per_summary']:.0f} nats per summary,"
                  f" beyond {KL_BOUND}: the reward model has not seen such summaries and may be "
