@@ -101,9 +101,8 @@ def causal_config(name):
     one."""
     with suppress(OSError):  # no network, or no such model: from_hub says it
         if find_adapter_config_file(str(name)):
-            raise SettingError(f"{name}: it is an adapter, not a model; merge it into its base "
-                               "model first (peft: merge_and_unload, then save_pretrained) and "
-                               "pass that")
+            raise SettingError(f"{name}: it is an adapter, not a model; merge it into its base and "
+                               "pass that (peft: merge_and_unload, then save_pretrained)")
     config = from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
     kind, names = config.model_type, " ".join(config.architectures or [])
     # BERT and its kin count as causal in transformers, and see what they are to write
