@@ -4,7 +4,6 @@ import re
 import urllib.request
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import huggingface_hub
 import torch

@@ -734,8 +734,8 @@ def test_a_line_that_names_the_delimiter_moves_no_row(write):
 
 
 def test_a_mark_inside_quotes_divides_no_header(write):
-    text = 'post;summary;"note, or ""why"""\na, b;c;d\n'
-    assert load_posts(write(text, "posts.csv"))[0]["post"] == "a, b"
+    text = 'post;summary;"note, or ""why"""\na, b, c, d, e, f;g;h\n'
+    assert load_posts(write(text, "posts.csv"))[0]["post"] == "a, b, c, d, e, f"
 
 
 def test_a_cell_of_any_length(write):
