@@ -55,21 +55,15 @@ class Adapted(nn.Module):
             self.shared.set_adapter(self.name)
         return self.network(*arguments, **named)
 
-    def own(self):
-        """The weights of our adapter: name without the adapter's -> parameter."""
-        key = f".{self.name}."
-        return {name.replace(key, "."): p for name, p in self.shared.named_parameters()
-                if "lora_" in name and key in name}
-
     def copy(self, name, trunk=False):
         """Another network that starts as this one: another adapter with the same weights."""
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
         self.shared.add_adapter(name, copy.deepcopy(self.shared.peft_config[self.name]))
-        other = Adapted(self.shared, name, trunk or self.is_trunk)
-        theirs = other.own()
-        with torch.no_grad():
-            for key, p in self.own().items():
-                theirs[key].copy_(p)
-        return other
+        weights = get_peft_model_state_dict(self.shared, adapter_name=self.name,
+                                            save_embedding_layers=False)
+        set_peft_model_state_dict(self.shared, weights, adapter_name=name)
+        return Adapted(self.shared, name, trunk or self.is_trunk)
 
     def merged(self):
         """Weights of the plain architecture with the adapter added, in float32, on the CPU."""
@@ -94,7 +88,7 @@ def add_adapter(model, rank, seed, name="policy"):
     """Freeze a model and give its linear layers adapters, which start as zero: the first network on
     it. The one matrix without is the one that makes the logits."""
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, get_peft_model  # here, because importing it takes a second
     except ImportError:
         raise SettingError('--lora_rank needs peft: pip install -e ".[lora]"') from None
     torch.manual_seed(seed)  # A starts at random, B as zero

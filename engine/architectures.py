@@ -79,7 +79,8 @@ def cached(network, ids, mask, plain):
             cache.reorder_cache(torch.ones(1, dtype=torch.long, device=ids.device))
             ids, mask, got = ids[1:], mask[1:], [x[1:] for x in got]
         end = ids.shape[1] + t + 1
-        got.append(read(network, 1, mask[:, :end], True, input_ids=ids[:, end - 1 : end], cache=cache))
+        token = ids[:, end - 1 : end]
+        got.append(read(network, 1, mask[:, :end], True, input_ids=token, cache=cache))
     return torch.cat(got, 1), plain[1:]
 
 

@@ -28,15 +28,16 @@ def flatten(parts, copy=False, into={}):
 def put_back(parts, tensors):
     """The reverse of flatten, in place. Names and shapes are compared first: a library of another
     version may have others, and half of a checkpoint is none."""
-    expected = {}
+    expected, averages = {}, {name: {} for name in parts}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
             expected |= {f"{name}/{key}": p.shape for key, p in trainable_named(part)}
             continue
         for i, p in enumerate(p for group in part.param_groups for p in group["params"]):
             if f"{name}/{i}/step" in tensors:  # Adam has no averages before its first step
-                for key, shape in (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape)):
-                    expected[f"{name}/{i}/{key}"] = shape
+                shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                expected |= {f"{name}/{i}/{key}": shape for key, shape in shapes.items()}
+                averages[name][i] = {key: tensors.get(f"{name}/{i}/{key}") for key in shapes}
     wrong = {key: tensor.shape for key, tensor in tensors.items()}.items() ^ expected.items()
     if wrong:
         raise SettingError("a checkpoint has other weights than this program "
@@ -45,23 +46,20 @@ def put_back(parts, tensors):
         if isinstance(part, torch.nn.Module):
             for key, p in trainable_named(part):
                 p.data.copy_(tensors[f"{name}/{key}"])
-            continue
-        states = {}
-        for key in (key for key in tensors if key.startswith(f"{name}/")):
-            _, i, average = key.split("/")
-            states.setdefault(int(i), {})[average] = tensors[key]
-        part.load_state_dict({**part.state_dict(), "state": states})
+        else:
+            part.load_state_dict({**part.state_dict(), "state": averages[name]})
 
 
 def is_finished(folder):
     """Whether a run has all of its results; SettingError where a model was damaged since."""
-    results, report, checkpoints = (Path(folder, name).exists() for name in (
-        "results.json", "report.md", "checkpoints"))
-    if not results or checkpoints and not report:  # that is the order in which they come and go
+    folder = Path(folder)
+    # results.json comes first, then report.md, and then the checkpoints go
+    in_work = (folder / "checkpoints").exists() and not (folder / "report.md").exists()
+    if in_work or not (folder / "results.json").exists():
         return False
     for name in ("sft", "reward_model", "policy", "critic"):
         try:
-            files = [*Path(folder, name).glob("*.safetensors")]
+            files = [*(folder / name).glob("*.safetensors")]
             for file in files:
                 safe_open(file, "pt")  # compares the length of a file with its header
         except (OSError, SafetensorError):

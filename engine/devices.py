@@ -35,15 +35,14 @@ def pick_dtype(wanted, device):
     hardware multiplies in it (compute capability 8 and later: an older one, like a T4, says that it
     supports bfloat16 and then emulates it, slowly), float32 elsewhere."""
     kind = device.split(":")[0]
+    modern = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if wanted == "auto":
-        modern = kind == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return torch.bfloat16 if modern else torch.float32
     if wanted not in DTYPES:
         raise SettingError(f"--dtype {wanted}: expected auto, {', '.join(DTYPES)}")
     if wanted != "float32" and kind == "mps" or wanted == "float16" and kind == "cpu":
         raise SettingError(f"--dtype {wanted}: {kind} can't train in it; pass auto or float32")
-    if wanted == "bfloat16" and kind == "cuda" and torch.cuda.get_device_capability(
-            device) < (8, 0):
+    if wanted == "bfloat16" and kind == "cuda" and not modern:
         raise SettingError("--dtype bfloat16: this GPU only emulates it; pass float16 or float32")
     return DTYPES[wanted]
 
@@ -57,12 +56,10 @@ def mixed_precision(device, dtype):
     return torch.autocast(device.split(":")[0], dtype, cache_enabled=False)
 
 
-@contextlib.contextmanager
 def full_precision(device):
     """Within this context nothing is rounded to half precision by the context above."""
     kind = "cpu" if device.type == "meta" else device.type  # of the memory plan's tensors
-    with torch.autocast(kind, enabled=False):
-        yield
+    return torch.autocast(kind, enabled=False)
 
 
 def wide(x):

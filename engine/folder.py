@@ -9,7 +9,6 @@ first puts weights, optimisers and metrics back as the last checkpoint has them.
 import hashlib
 import json
 import math
-import mmap
 import os
 import platform
 import shutil
@@ -29,11 +28,11 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from engine.checkpoints import flatten, put_back
-from engine.processes import agreed, gather, n_processes, rank
+from engine.processes import agreed, exchange, n_processes, rank
 from engine.settings import JUDGES, SettingError
 
 
-RARELY = 20  # where saving or copying the state takes over a second, one second in so many
+RARELY = 20  # where saving takes over a second, one second in so many is spent on it
 # names that nobody else's files have
 PARTIAL, LOCK = ".rlhf_minimal_partial", ".rlhf_minimal_lock"
 # what --restart removes. What makes a run count as finished goes first; config.json, which says
@@ -52,10 +51,16 @@ def digest(path):
     """SHA-256 of the content of a file, or of all files in a folder, shortened."""
     sha = hashlib.sha256()
     for file in (path, *sorted(path.rglob("*"))):
-        if file.is_file() and file.stat().st_size:  # an empty file has no memory to map
+        if file.is_file():
             with file.open("rb") as stream:
-                sha.update(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
+                sha.update(hashlib.file_digest(stream, "sha256").digest())
     return sha.hexdigest()[:16]
+
+
+def named_sources(settings, local):
+    """The files and folders that settings name, or what they name on the hub instead."""
+    names = [settings.get(key) for key in SOURCES]
+    return [name for name in names if name and name not in JUDGES and Path(name).exists() == local]
 
 
 def describe(settings):
@@ -64,16 +69,13 @@ def describe(settings):
     cloned = (root / "pyproject.toml").exists()
     top = root.glob("*.py") if cloned else [root / f"{name}.py" for name in MODULES]
     sources = sorted([*top, *root.glob("engine/*.py")])
-    files = {path.relative_to(root).as_posix(): path for path in sources}
-    given = filter(None, map(settings.get, SOURCES))
-    files |= {name: Path(name) for name in given if name not in JUDGES and Path(name).exists()}
+    files = {path.relative_to(root).as_posix(): digest(path) for path in sources}
+    files |= {name: digest(Path(name)) for name in named_sources(settings, local=True)}
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=root, capture_output=True)
-    return {**settings, "processes": n_processes(),
-            "files": {name: digest(path) for name, path in files.items()},
-            "environment": {"git_commit": commit.stdout.decode().strip() or None,
-                            "python": platform.python_version(),
-                            "threads": torch.get_num_threads(),
-                            **{name: version(name) for name in ("torch", "transformers")}}}
+    environment = {"git_commit": commit.stdout.decode().strip() or None,
+                   "python": platform.python_version(), "threads": torch.get_num_threads(),
+                   "torch": version("torch"), "transformers": version("transformers")}
+    return {**settings, "processes": n_processes(), "files": files, "environment": environment}
 
 
 def describe_hub(config, data):
@@ -81,9 +83,7 @@ def describe_hub(config, data):
     of a model as the cache has it, and a digest of the rows (posts, held out, comparisons, held
     out), which `datasets` may have from its own cache."""
     rows, found = {config["posts"]: data[:2], config["comparisons"]: data[2:]}, {}
-    for name in filter(None, map(config.get, SOURCES)):
-        if name in JUDGES or Path(name).exists():
-            continue
+    for name in named_sources(config, local=False):
         commit = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", "main")
         if name in rows:
             found[name] = hashlib.sha256(json.dumps(rows[name]).encode()).hexdigest()[:16]
@@ -92,47 +92,54 @@ def describe_hub(config, data):
     return found
 
 
+def read_config(folder):
+    """The config.json of the run in a folder; {} where there is none."""
+    try:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        parts = config["files"], config["environment"]  # a model's folder has a config.json too
+        return config if all(isinstance(part, dict) for part in parts) else {}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+
+
+def recorded(folder, name):
+    """A setting of the run in a folder, None where there is none."""
+    return read_config(folder).get(name)
+
+
+def by_name(config):
+    """Settings, and beside them the digests of files and of what came from the hub."""
+    return {**config, **config["files"], **config.get("from_hub", {})}
+
+
 def check_folder(folder, config, restart=False, resume=False):
     """Raise SettingError for a folder that may not be written to, or a run to resume that was begun
     with other settings or files. Changes nothing; returns what is to be said about versions."""
     name, folder = f"--output_dir {folder}", Path(folder)
     try:
-        found = {*os.listdir(folder)} - {LOCK, PARTIAL}
-    except FileNotFoundError:
-        return []
+        found = {*os.listdir(folder)} - {LOCK, PARTIAL} if folder.exists() else {}
     except OSError:  # it may be written to, and still hold files of others
         raise SettingError(f"{name}: expected a folder, found a file or a folder that may not be "
                            "listed; choose another one") from None
     if not found:
         return []
-    try:
-        old = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        from_hub, versions = {**old.get("from_hub", {})}, {**old["environment"]}
-        old = {**old, **old["files"], **from_hub}
-    # a model's folder has a config.json too
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    began_with = read_config(folder)
+    if not began_with:
         raise SettingError(f"{name} holds other files ({min(found)}, ...): nothing is ever deleted "
-                           "there, choose a new folder") from None
-    if not restart and not resume:
+                           "there, choose a new folder")
+    if restart:
+        return []
+    if not resume:
         raise SettingError(f"{name} already holds a run: choose a new folder, go on with --resume, "
                            "or throw that run away with --restart")
-    now = {**config, **config["files"], **config.get("from_hub", {})}
-    unknown = from_hub.keys() if "from_hub" not in config else set()  # before it is loaded
-    for key in sorted((old.keys() | now.keys()) - MAY_DIFFER - unknown) if resume else ():
-        if old.get(key) != now.get(key):
+    old, versions = by_name(began_with), began_with["environment"]
+    for key, value in by_name(config).items():
+        if key not in MAY_DIFFER and old.get(key) != value:
             raise SettingError(f"{name}: can't be resumed, {key} was {old.get(key)} and is now "
-                               f"{now.get(key)}; put it back, or begin anew with --restart")
+                               f"{value}; put it back, or begin anew with --restart")
     return [f"note: this run began with {key} {versions.get(key)}, here it is {value}: the result "
             "may differ in the last digits" for key, value in config["environment"].items()
-            if resume and versions.get(key) != value and key != "git_commit"]
-
-
-def recorded(folder, name):
-    """A setting of the run in a folder, None where there is none."""
-    try:
-        return json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))[name]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+            if versions.get(key) != value and key != "git_commit"]
 
 
 def choose_folder(preset, resume):
@@ -170,19 +177,18 @@ class Run:
 
     def __init__(self, folder, config, restart=False, resume=False, save_seconds=30,
                  device="cpu", dtype=torch.float32):
-        if rank() == 0:
-            check_folder(folder, config, restart, resume)
         self.folder, self.seed, self.save_seconds = Path(folder), config["seed"], save_seconds
         self.device, self.dtype = device, dtype
         self.lines, self.warnings, self.seconds = [], {}, {}
         self.stage, self.step, self.stopping = "start", 0, False
-        # what to go back to: step, number of metrics, tensors (None: the parts as they are)
+        # what to go back to: number of metrics, tensors (none: the parts as they are)
         self.before, self.parts = None, {}
-        self.copied = None  # when the last snapshot began, and the seconds it took
         self.started = time.perf_counter()
         self.lock = FileLock(self.folder / LOCK)  # the system frees it, whatever kills us
         if rank():
             return  # the first process writes for all
+        for note in check_folder(folder, config, restart, resume):
+            print(note)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
@@ -192,9 +198,6 @@ class Run:
         except OSError as error:
             raise SettingError(f"--output_dir {folder}: cannot write there ({error.strerror}), "
                                "choose another folder") from None
-        # again, now that nobody else writes there
-        for note in check_folder(folder, config, restart, resume):
-            print(note)
         for name in OURS if restart else ():
             self.remove(name)
         if restart or not (self.folder / "config.json").exists():
@@ -245,27 +248,26 @@ class Run:
         """Yield the steps of a stage under a progress bar, from where its last checkpoint stands.
 
         parts: the modules and optimizers that the stage changes. snapshot: a step changes them more
-        than once, so a copy from before it is kept in case it goes wrong.
+        than once, so a copy from before it is kept in case it goes wrong half-way.
         """
         with agreed():  # nobody saves before everybody has restored
-            first, saved, took = self.restore(stage, parts), time.perf_counter(), 0
-        start = saved - self.seconds.get(stage, 0)
+            first = self.restore(stage, parts)
+        start = time.perf_counter() - self.seconds.get(stage, 0)
+        next_save, copy = time.perf_counter() + self.save_seconds, {}
         with tqdm(range(first, total), desc=stage, initial=first, total=total, mininterval=0.5,
                   disable=rank() > 0 or None, leave=False) as self.bar:
             for step in self.bar:
                 self.stage, self.step, self.parts = stage, step, parts
                 if snapshot:
-                    self.take_snapshot()
-                else:
-                    self.before = step, len(self.lines), None
+                    copy = flatten(parts, copy=True, into=copy)  # over the last one
+                self.before = len(self.lines), copy
                 yield step
                 self.seconds[stage] = time.perf_counter() - start
                 done = step + 1 == total
-                waited = time.perf_counter() - saved
-                due = done or waited >= max(self.save_seconds, RARELY * took if took > 1 else 0)
+                due = done or time.perf_counter() >= next_save
                 # all stop together, and not before the first process has saved
-                flags = torch.stack(gather(torch.tensor([self.stopping, due]))).any(0)
-                self.stopping, due = flags.tolist()
+                flags = torch.tensor(exchange((self.stopping, due)))
+                self.stopping, due = flags.any(0).tolist()
                 if due or self.stopping:
                     begun = time.perf_counter()
                     with agreed():  # what is finished needs its optimizers no more
@@ -273,20 +275,11 @@ class Run:
                             {name: part for name, part in parts.items()
                              if not done or isinstance(part, torch.nn.Module)}))
                     saved = time.perf_counter()
-                    took = saved - begun
+                    rest = RARELY * (saved - begun) if saved - begun > 1 else 0
+                    next_save = saved + max(self.save_seconds, rest)
                 if self.stopping:
                     raise KeyboardInterrupt
-        self.before = self.copied = None
-
-    def take_snapshot(self):
-        """A copy of the state before this step, in case the step goes wrong half-way, over the last
-        copy. Where that takes long, the last one has to do for a while."""
-        start = time.perf_counter()
-        if self.copied and self.copied[1] > 1 and start - self.copied[0] < RARELY * self.copied[1]:
-            return
-        old = self.before[2] if self.copied else {}
-        self.before = self.step, len(self.lines), flatten(self.parts, copy=True, into=old)
-        self.copied = start, time.perf_counter() - start
+        self.before = None
 
     def total_seconds(self):
         """Seconds by stage, and of all processes that worked on this run, without lost work."""
@@ -343,15 +336,13 @@ class Run:
         try:
             yield
         except FloatingPointError as error:
-            which = "it"
             if self.before:
-                step, n_lines, tensors = self.before
-                which = f"step {step}" if step < self.step else which
+                n_lines, copy = self.before
                 self.lines = self.lines[:n_lines]
                 with agreed():  # torchrun ends all when one has ended
-                    self.save(self.stage, step, tensors or flatten(self.parts))
+                    self.save(self.stage, self.step, copy or flatten(self.parts))
             raise SettingError(
-                f"{self.stage} step {self.step}: {error}; the state before {which} is saved in "
+                f"{self.stage} step {self.step}: {error}; the state before it is saved in "
                 f"{self.folder / 'checkpoints'}. Lower {self.stage}_lr and begin anew") from None
         finally:
             for number, handler in handlers.items():
@@ -390,7 +381,8 @@ KL_BOUND = 40  # nats per summary; the paper's own runs end below 20 (Table 9)
 
 def warn_of_collapse(run):
     """Say out loud what the curves of a run gone wrong show. The bounds are ours."""
-    first, *_, last = 2 * run.history("ppo")
+    updates = run.history("ppo")
+    first, last = updates[0], updates[-1]
     if last["kl_per_summary"] > KL_BOUND:
         run.warn("kl", f"ppo step {last['step']}: KL {last['kl_per_summary']:.0f} nats per summary,"
                  f" beyond {KL_BOUND}: the reward model has not seen such summaries and may be "

@@ -2,14 +2,14 @@
 
 import re
 import urllib.request
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
 import huggingface_hub
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from engine.architectures import check_model, most_positions
@@ -98,13 +98,10 @@ def shrink(config):
 def causal_config(name):
     """The config of a language model that writes text from left to right; SettingError for another
     one."""
-    try:
-        adapter = find_adapter_config_file(str(name))
-    except OSError:  # no network, or no such model: from_hub says it
-        adapter = None
-    if adapter:
-        raise SettingError(f"{name}: it is an adapter, not a model; merge it into its base model "
-                           "first (peft: merge_and_unload, then save_pretrained) and pass that")
+    with suppress(OSError):  # no network, or no such model: from_hub says it
+        if find_adapter_config_file(str(name)):
+            raise SettingError(f"{name}: it is an adapter, not a model; merge it into its base and "
+                               "pass that (peft: merge_and_unload, then save_pretrained)")
     config = from_hub(AutoConfig.from_pretrained, name, trust_remote_code=False)
     kind, names = config.model_type, " ".join(config.architectures or [])
     # BERT and its kin count as causal in transformers, and see what they are to write

@@ -10,7 +10,6 @@ itself, from the same seed and the same weights (sums are equal to the last bit 
 are Adam's steps): they get the same texts and numbers, and only the first one writes them.
 """
 
-import functools
 import os
 import sys
 from contextlib import contextmanager
@@ -49,13 +48,18 @@ def sum_over_processes(*tensors):
     return tensors[0]
 
 
-def gather(tensor):
-    """The tensors that the processes have here, which may differ in length, in order of rank."""
-    tensors = [tensor]
+def exchange(value):
+    """What the processes have here, in order of rank."""
+    values = [value]
     if n_processes() > 1:
-        tensors = [None] * n_processes()
-        dist.all_gather_object(tensors, tensor.cpu())
-    return [part.to(tensor.device) for part in tensors]
+        values = [None] * n_processes()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gather(tensor):
+    """The same of tensors, which may differ in length."""
+    return [part.to(tensor.device) for part in exchange(tensor.cpu())]
 
 
 def share_out(function, judge, *lists):
@@ -70,12 +74,8 @@ def share_out(function, judge, *lists):
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise SettingError(f"--judge: it failed with {text}; what was saved before "
                                "stays, when that is mended go on with --resume") from error
-    everybody = [own]
-    if n_processes() > 1:
-        everybody = [None] * n_processes()
-        dist.all_gather_object(everybody, own)
     result = [None] * len(lists[0])
-    for i, part in enumerate(everybody):
+    for i, part in enumerate(exchange(own)):
         result[i :: n_processes()] = part
     return result
 
@@ -90,20 +90,11 @@ def agreed():
         yield
     except Exception as found:
         error = found
-    faults = [None] * n_processes()
-    if n_processes() > 1:
-        dist.all_gather_object(faults, error and (type(error), str(error)))
-    for kind, text in filter(None, () if error else faults):
-        raise kind(text)
+    faults = exchange(error and (type(error), str(error)))
     if error:
         raise error
+    for kind, text in filter(None, faults):
+        raise kind(text)
 
 
-def all_or_none(function):
-    """The function with its whole body within agreed()."""
-    @functools.wraps(function)
-    def together(*arguments, **named):
-        with agreed():
-            return function(*arguments, **named)
-
-    return together
+all_or_none = agreed()  # @all_or_none: the whole body of a function within agreed()

@@ -173,10 +173,8 @@ def print_end(run, results, samples):
         for name in ("reference", "sft", "ppo"):
             print(f"  {name:>9}: {one_line(sample[name])}")
     print(f"\nWin rates, judged by: {one_line(results['ppo_vs_sft']['judge'])}")
-    table = win_rate_table(results)
-    widths = [max(len(row[i]) for row in table) for i in range(len(HEADER))]
-    for row in table:
-        print("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    for row in win_rate_table(results):
+        print("{:29}{:10}{:15}{:7}{}".format(*row))
     print(f"\nKL {results['kl_per_summary']:.2f} nats per summary; reward of greedy summaries "
           f"{results['reward_sft']:.2f} -> {results['reward_ppo']:.2f}; "
           f"{results['seconds']['total']:.0f} s; see {run.folder / 'report.md'}")

@@ -160,18 +160,16 @@ def read_text(path):
 def read_csv(text):
     """[(line, row)], every cell a str: pandas would turn "NA" into nothing and "007" into 7.
 
-    Cells are divided by the one of , ; tab and | that the header has: Excel takes a semicolon where
-    the comma is a decimal point, and may name it in a line of its own. Capitals in the names of
-    columns don't count.
+    Cells are divided by that one of , ; tab and | which the header has most of: Excel takes a
+    semicolon where the comma is a decimal point, and may name it in a line of its own. Capitals in
+    the names of columns don't count.
     """
     text = re.sub(r"^sep=.(?=\r?\n)", "", text)  # a blank line, so that lines keep their numbers
     first = re.sub('"[^"]*"', "", re.split("[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0])
-    marks = [mark for mark in ",;\t|" if mark in first] or [","]
     csv.field_size_limit(2**31 - 1)  # characters of a cell: 131,072 unless it is set
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=marks[0])
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True,
+                        delimiter=max(",;\t|", key=first.count))
     header = [name.strip().lower() for name in next(filter(None, reader), [])]
-    if len(marks) > 1:
-        raise ValueError(f"{first!r:.100} has {' and '.join(map(repr, marks))}: divide by only one")
     if any(header.count(name) > 1 for name in header if name):
         raise ValueError(f"{first!r:.100} has two columns of one name")
     # line_num is where a row ends: a quoted cell may have begun lines before. Blank lines give no

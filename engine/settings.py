@@ -104,14 +104,11 @@ FAST = {  # --fast_dev_run: so few of everything that only the code is tested
 
 LARGEST = 2**31 - 1  # of counts: more would only be found by a full memory
 # (smallest, largest) of the settings that are numbers; whatever is not in here must be more than 0
-RANGES = {
-    "seed": (0, 2**63 - 1), "save_seconds": (0, math.inf),
-    "lora_rank": (0, math.inf), "micro_batch_size": (0, math.inf),
-    "rollout_batch_size": (0, math.inf), "judge_every": (0, math.inf), "max_posts": (0, math.inf),
-    "sft_lr": (0, math.inf), "reward_lr": (0, math.inf), "ppo_lr": (0, math.inf),
-    "kl_beta": (0, math.inf), "value_weight": (0, math.inf),
+RANGES = dict.fromkeys((
+    "save_seconds", "lora_rank", "micro_batch_size", "rollout_batch_size", "judge_every",
+    "max_posts", "sft_lr", "reward_lr", "ppo_lr", "kl_beta", "value_weight"), (0, math.inf)) | {
     "temperature": (0.001, 1000),  # beyond, logits overflow or sampling no longer reads them
-    "gamma": (0, 1), "lam": (0, 1), "missing_eos": (-math.inf, math.inf)}
+    "seed": (0, 2**63 - 1), "gamma": (0, 1), "lam": (0, 1), "missing_eos": (-math.inf, math.inf)}
 
 
 def check_ranges(settings):
@@ -159,11 +156,10 @@ def parse(arguments, configs):
     defaults = dict(PRESETS[settings.preset])
     if settings.base_model and settings.sft_model:
         refuse("--base_model and --sft_model: expected one of them")
-    for name, other in (("sft_model", "base_model"), ("base_model", "sft_model")):
-        given = getattr(settings, name)
-        if given and given != defaults.get(name):  # what belongs to the preset's own model goes
-            for mine in (other, "tokenizer", "prompt_newlines"):
-                defaults.pop(mine, None)
+    given = settings.base_model, settings.sft_model
+    if any(given) and given != (defaults.get("base_model"), defaults.get("sft_model")):
+        for name in ("base_model", "sft_model", "tokenizer", "prompt_newlines"):
+            defaults.pop(name, None)  # what belongs to the preset's own model
     parser.set_defaults(**defaults)
     if settings.fast_dev_run:
         parser.set_defaults(**FAST)
