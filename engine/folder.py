@@ -32,7 +32,7 @@ from engine.processes import agreed, exchange, n_processes, rank
 from engine.settings import JUDGES, SettingError
 
 
-RARELY = 20  # where saving takes over a second, one second in so many is spent on it
+RARELY = 20  # where saving or copying the state takes over a second, one second in so many
 # names that nobody else's files have
 PARTIAL, LOCK = ".rlhf_minimal_partial", ".rlhf_minimal_lock"
 # what --restart removes. What makes a run count as finished goes first; config.json, which says
@@ -164,6 +164,11 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def rest_after(seconds):
+    """Seconds until we save or copy again, after it took so many."""
+    return RARELY * seconds if seconds > 1 else 0
+
+
 def say(text):
     """Print beside a progress bar. Nothing else is lost where nobody reads any more: at Ctrl-C
     `| tee` ends before us."""
@@ -181,7 +186,7 @@ class Run:
         self.device, self.dtype = device, dtype
         self.lines, self.warnings, self.seconds = [], {}, {}
         self.stage, self.step, self.stopping = "start", 0, False
-        # what to go back to: number of metrics, tensors (none: the parts as they are)
+        # what to go back to: step, number of metrics, tensors (None: the parts as they are)
         self.before, self.parts = None, {}
         self.started = time.perf_counter()
         self.lock = FileLock(self.folder / LOCK)  # the system frees it, whatever kills us
@@ -248,19 +253,24 @@ class Run:
         """Yield the steps of a stage under a progress bar, from where its last checkpoint stands.
 
         parts: the modules and optimizers that the stage changes. snapshot: a step changes them more
-        than once, so a copy from before it is kept in case it goes wrong half-way.
+        than once, so a copy from before it is kept in case it goes wrong half-way; where copying
+        takes long, the last copy has to do for a while.
         """
         with agreed():  # nobody saves before everybody has restored
             first = self.restore(stage, parts)
         start = time.perf_counter() - self.seconds.get(stage, 0)
-        next_save, copy = time.perf_counter() + self.save_seconds, {}
+        next_save, next_copy, copy = time.perf_counter() + self.save_seconds, 0, {}
         with tqdm(range(first, total), desc=stage, initial=first, total=total, mininterval=0.5,
                   disable=rank() > 0 or None, leave=False) as self.bar:
             for step in self.bar:
                 self.stage, self.step, self.parts = stage, step, parts
-                if snapshot:
-                    copy = flatten(parts, copy=True, into=copy)  # over the last one
-                self.before = len(self.lines), copy
+                begun = time.perf_counter()
+                if not snapshot:
+                    self.before = step, len(self.lines), None
+                elif begun >= next_copy:
+                    copy = flatten(parts, copy=True, into=copy)
+                    self.before = step, len(self.lines), copy
+                    next_copy = begun + rest_after(time.perf_counter() - begun)
                 yield step
                 self.seconds[stage] = time.perf_counter() - start
                 done = step + 1 == total
@@ -275,8 +285,7 @@ class Run:
                             {name: part for name, part in parts.items()
                              if not done or isinstance(part, torch.nn.Module)}))
                     saved = time.perf_counter()
-                    rest = RARELY * (saved - begun) if saved - begun > 1 else 0
-                    next_save = saved + max(self.save_seconds, rest)
+                    next_save = saved + max(self.save_seconds, rest_after(saved - begun))
                 if self.stopping:
                     raise KeyboardInterrupt
         self.before = None
@@ -336,14 +345,16 @@ class Run:
         try:
             yield
         except FloatingPointError as error:
+            kept = "what was saved before stays"
             if self.before:
-                n_lines, copy = self.before
+                step, n_lines, tensors = self.before
+                kept = f"the state before step {step} is saved"
                 self.lines = self.lines[:n_lines]
                 with agreed():  # torchrun ends all when one has ended
-                    self.save(self.stage, self.step, copy or flatten(self.parts))
+                    self.save(self.stage, step, tensors or flatten(self.parts))
             raise SettingError(
-                f"{self.stage} step {self.step}: {error}; the state before it is saved in "
-                f"{self.folder / 'checkpoints'}. Lower {self.stage}_lr and begin anew") from None
+                f"{self.stage} step {self.step}: {error}; {kept} in {self.folder / 'checkpoints'}. "
+                f"Lower {self.stage}_lr and begin anew") from None
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -171,6 +171,32 @@ def test_what_takes_long_to_save_is_saved_rarely(seconds, saved, tmp_path, monke
     assert len(saves) == saved + (saved == 1), "and at the end"
 
 
+def test_a_snapshot_that_takes_long_has_to_do_for_a_while(tmp_path, monkeypatch):
+    """Three updates of 10 s; a copy takes 2, so one is made each 40 s. The third update goes wrong:
+    what is saved is the state before the first, and so are its metrics."""
+    clock, flatten = SimpleNamespace(now=0.0), folder_file.flatten
+
+    def slow_flatten(parts, copy=False, **rest):
+        clock.now += 2 * copy
+        return flatten(parts, copy=copy, **rest)
+
+    monkeypatch.setattr(folder_file.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(folder_file, "flatten", slow_flatten)
+    run, model = new_run(tmp_path / "run", save_seconds=10**6), torch.nn.Linear(2, 2, bias=False)
+    with pytest.raises(SettingError, match="ppo step 2: .*; the state before step 0 is saved"):
+        with run.guarded():
+            for number in run.steps("ppo", 5, snapshot=True, model=model):
+                clock.now += 10
+                model.weight.data.fill_(number + 1)
+                if number == 2:
+                    raise FloatingPointError("loss is NaN or infinite")
+                run.log("ppo", number, loss=0.0)
+    again = new_run(tmp_path / "run", resume=True)
+    restored = torch.nn.Linear(2, 2, bias=False)
+    assert again.restore("ppo", {"model": restored}) == 0 and again.history("ppo") == []
+    assert not (restored.weight == 1).any(), "the weights before any step"
+
+
 @pytest.mark.parametrize("harm", [
     lambda data: data[: len(data) // 2],
     lambda data: b"",
