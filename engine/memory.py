@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from engine.adapters import add_adapter, checkpoint_activations, trainable, trunk_of
-from engine.architectures import CACHE
 from engine.batches import pack, unpack
 from engine.devices import full_precision, mixed_precision, prepare
 from engine.settings import SettingError
@@ -105,7 +104,7 @@ def sample(alive, model, rows, Q, T, k):
     for n, width, counts in ((rows // k, Q, True), (rows, max(1, T - 2), False), (rows, 1, True)):
         ids, before, read = zeros(n, width), alive.most, read + width
         logits = model(input_ids=ids, attention_mask=zeros(n, read), position_ids=ids,
-                       use_cache=True, logits_to_keep=1, **{CACHE: cache}).logits[:, -1]
+                       use_cache=True, logits_to_keep=1, cache=cache).logits[:, -1]
         torch.softmax(logits.float() / 0.7, -1)
         alive.most = alive.most if counts else before
         if n < rows:

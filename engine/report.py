@@ -3,9 +3,11 @@
 Everything here gets finished numbers and judges nothing.
 """
 
+import json
 import re
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean as mean
 from statistics import stdev
 
@@ -33,6 +35,7 @@ class Panel:
     colors: dict  # by key, or by "line" where there is one key and the rows name lines
     settings: dict  # title, xlabel, xscale, xticks and the like, as Axes.set takes them
     bars: bool = False  # instead of lines, with the names of the ticks on end
+    band: tuple = ()  # (x, lowest, highest) of healthy runs, in grey behind the lines
 
 
 def draw(path, shape, panels, title=None):
@@ -41,6 +44,8 @@ def draw(path, shape, panels, title=None):
 
     fig = Figure((2 + 4 * shape[1], 2 + 3 * shape[0]), layout="constrained")
     for axis, panel in zip(fig.subplots(*shape, squeeze=False).flat, panels):
+        if panel.band:
+            axis.fill_between(*zip(*panel.band), color=GREY, alpha=0.25, linewidth=0)
         draw_lines(axis, panel)
         axis.set(**panel.settings)
         axis.grid(alpha=0.3)
@@ -88,8 +93,18 @@ def points_of(rows, x, y):
     return sorted(drawn)
 
 
+def healthy_bands(results):
+    """{name of a metric: [(update, lowest, highest), ...]} of ten default runs, from the atlas of
+    symptoms; nothing for a run that is not of the tiny world."""
+    path = Path(__file__).parent.parent / "figures" / "symptoms.json"
+    if results["preset"] != "tiny" or "ideal_vs_reference" not in results or not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))["healthy"]
+
+
 def draw_run(run, results):
     """Draw curves.png into the run's folder."""
+    healthy = healthy_bands(results)
     # between two dollars matplotlib expects a formula
     escaped, update = one_line(results["ppo_vs_sft"]["judge"]).replace("$", r"\$"), "PPO update"
     win_rates = {"vs_reference_win_rate": ORANGE, "vs_sft_win_rate": SKY}
@@ -101,13 +116,17 @@ def draw_run(run, results):
             ("ppo", {"kl_per_summary": VERMILION}, "KL to SFT (nats per summary)", update),
             ("ppo", {"length": GREY}, "length of samples (tokens)", update),
             ("ppo", {"entropy": BLACK}, "entropy of samples (nats per token)", update),
+            ("ppo", {"policy_clip_fraction": PURPLE}, "clip fraction of the policy", update),
+            ("ppo", {"value_loss": GREY}, "value loss", update),
             ("judge", win_rates, f"win rate (judge: {escaped})", update),
             ("judge", {"true_quality": GREEN}, "true quality, greedy (at most 5)", update)):
         size = 50 if stage == "reward" else 1  # a step has few pairs: a point is the mean of 50
         rows = [row | {"point": row["step"] // size} for row in run.history(stage)]
         settings = {"title": title, "xlabel": xlabel}
-        panels.append(Panel(rows, "step", list(colors), colors, settings))
-    draw(run.folder / "curves.png", (2, 4), panels)
+        panels.append(Panel(rows, "step", list(colors), colors, settings, band=[
+            point for point in healthy.get(list(colors)[0], []) if stage in ("ppo", "judge")
+            and rows and point[0] <= rows[-1]["step"]]))  # no further than this run went
+    draw(run.folder / "curves.png", (2, 5), panels)
 
 
 def picture(run, results):
