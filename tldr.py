@@ -116,12 +116,13 @@ def encode_prompts(posts, tokenizer, query_length, newlines=2):
             for post, ids in zip(posts, rows)]
 
 
-def check_titles(posts, source, tokenizer, query_length, newlines=2):
+def check_titles(rows, source, tokenizer, query_length, newlines=2):
     """Raise DataError, with its row, for a post of source whose title leaves no room for a cue.
 
     For before any work: the prompts of a stage are encoded when it begins, and that may be hours
     after the start.
     """
+    posts = map(post_of, rows)
     for post in {(post["subreddit"], post["title"]): post for post in posts}.values():
         empty = {**post, "post": ""}
         # A token stands for at least a byte of the text: hardly any title is asked about.
@@ -213,9 +214,14 @@ def load_comparisons(source, split="train", limit=None):
 # ---------------------------------------------------------------------------- train and validation
 
 
+def post_of(row):
+    """The post of a comparison, many of which may share one; else the row is the post itself."""
+    return row["post"] if isinstance(row["post"], dict) else row
+
+
 def post_text(row):
-    """What makes two rows the same post: many comparisons share one, even with opposite labels."""
-    return (row["post"]["post"] if isinstance(row["post"], dict) else row["post"]).strip()
+    """What makes two rows the same post."""
+    return post_of(row)["post"].strip()
 
 
 def divide_by_post(rows, validation_share=0.1, seed=0, source="rows"):
@@ -250,6 +256,23 @@ def without_posts_of(rows, others):
     """The rows whose post does not occur in others, where a source names its own splits."""
     seen = {post_text(row) for row in others}
     return [row for row in rows if post_text(row) not in seen]
+
+
+def load_task(posts_source, comparisons_source, seed):
+    """All that a run reads: (posts, held out, comparisons, held out). No post that is held out, on
+    either side, is trained on, on either side."""
+    posts, held_out = load_both_splits(load_posts, posts_source, seed)
+    compared, compared_held_out = load_both_splits(load_comparisons, comparisons_source, seed)
+    seen = held_out + compared_held_out
+    n_posts, n_compared = len(posts), len(compared)
+    posts, compared = without_posts_of(posts, seen), without_posts_of(compared, seen)
+    print(f"data: {len(posts)} posts, {len(compared)} comparisons; held out: {len(held_out)} posts,"
+          f" {len(compared_held_out)} comparisons; left out as their post is held out: "
+          f"{n_posts - len(posts)} posts, {n_compared - len(compared)} comparisons")
+    if not posts or not compared:
+        raise DataError(f"{comparisons_source}, {posts_source}: expected posts and comparisons "
+                        "whose post is not held out, got none to train on: add some")
+    return posts, held_out, compared, compared_held_out
 
 
 if __name__ == "__main__":
