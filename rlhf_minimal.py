@@ -24,7 +24,6 @@ import shlex
 import shutil
 from contextlib import suppress
 from functools import partial
-from itertools import islice
 from statistics import fmean as mean
 
 import torch
@@ -50,12 +49,12 @@ from engine.settings import JUDGES, SettingError, check_ranges, parse
 from judge import JudgeConfig, agreements, best_of_n, best_of_n_kl, compare_summaries, judge_during
 from judge import judge_the_judge, judged, load_judge, mean_words, measure_reward_model
 from judge import reward_model_judge
-from lm import decode_response, encode_response, sample_responses
+from lm import decode_response, sample_responses
 from ppo import PPOConfig, train_ppo
 from reward import RewardConfig, RewardModel, normalize, preference_accuracy, score_summaries
 from reward import train_reward
 from sft import SFTConfig, train_sft
-from tldr import DataError, check_titles, encode_prompts, load_task
+from tldr import DataError, check_titles, encode, encode_pairs, load_task
 
 
 def run_all(settings):
@@ -66,23 +65,26 @@ def run_all(settings):
     run, data, tokenizer, model, reward_model, judge = prepared
     # Posts with human references (3.2) and comparisons (3.3), of which some are held out
     posts, held_out, compared, compared_held_out = data
+    held_out, references = held_out[: settings.judge_posts], [post["summary"] for post in posts]
+    queries, responses = encode(posts, references, tokenizer, settings)
     writes = partial(write, tokenizer, settings)  # (model, posts) -> summaries
     with run.guarded(), mixed_precision(run.device, run.dtype):  # Ctrl-C saves; half precision
         # Where the loop starts: pi_SFT, a language model fine-tuned on the references (3.4)
-        sft = supervised_baseline(run, settings, posts, tokenizer, model)
+        sft = supervised_baseline(run, settings, queries, responses, tokenizer, model)
 
         # Step 1: people, or the tiny world's labeler, compare two summaries of a post (3.1, 3.3)
         pairs, held_out_pairs, held_out_rows, results = collect_comparisons(
             run, settings, compared, compared_held_out, tokenizer, writes, sft)
 
         # Step 2: a reward model learns to score the preferred one higher (3.4)
-        reward_model = make_reward_model(run, settings, posts, pairs, tokenizer, sft, reward_model)
+        reward_model = make_reward_model(run, settings, pairs, queries, responses, tokenizer, sft,
+                                         reward_model)
         reward_of = partial(score, tokenizer, settings, reward_model)  # (posts, summaries) -> r
 
         # How often it, and the judge, agree with held-out labels (4.3, 3.3)
         ask = partial(judged, run, judge or reward_model_judge(reward_of), settings.judge)
         results |= measure_reward_model(run, reward_model, pairs, held_out_pairs, held_out_rows,
-                                        tokenizer, rows_at_a_time(settings))
+                                        tokenizer, settings.rollout_batch_size or 256)
         results |= judge_the_judge(ask, held_out_rows, settings.judge_posts)
 
         # What pi_SFT writes, before it becomes the policy, and its best of n samples (4.1, G.3)
@@ -92,8 +94,8 @@ def run_all(settings):
 
         # Step 3: PPO makes what the reward model likes more likely (3.4). In place: sft is the
         # policy from here on
-        policy = optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model, ask,
-                                 sft_texts)
+        policy = optimize_policy(run, settings, queries, held_out, tokenizer, sft, reward_model,
+                                 ask, sft_texts)
 
         # Who wrote the better summaries? (4.1)
         return judge_summaries(run, settings, held_out, sft_texts, best_texts,
@@ -126,7 +128,7 @@ def prepare_run(settings):
     with agreed():
         judge, start, reward_model, dtype = load_given(settings, device, dtype)
         data = load_data(settings)
-        tokenizer, model = start or make_tiny_model(data[0], settings, device)
+        tokenizer, model = start or toy.make_start(data[0], settings, device)
         check_fit(settings, data, tokenizer)
         config["checkpoint_activations"] = bool(settings.checkpoint_activations)
         config["from_hub"] = describe_hub(config, data)
@@ -182,20 +184,13 @@ def load_data(settings):
     """Posts with references to train on, and held out to judge on; comparisons to train on, and
     held out; no post on both sides. In the tiny world the comparisons are still posts here."""
     if not settings.posts:
-        n_compared = settings.toy_comparisons
-        sizes = settings.toy_held_out, n_compared // 8, n_compared, settings.toy_posts
-        rows = iter(toy.make_posts(sum(sizes), settings.seed))
-        held_out, compared_held_out, compared, posts = (list(islice(rows, n)) for n in sizes)
-        return posts, held_out[: settings.judge_posts], compared, compared_held_out
-    posts, held_out, compared, compared_held_out = load_task(
-        settings.posts, settings.comparisons, settings.seed)
+        return toy.make_data(settings.toy_posts, settings.toy_comparisons, settings.toy_held_out,
+                             settings.seed)
     # 2,000 pairs tell an accuracy to +- .02; the hub's validation part has 83,802
     most, measured = settings.max_posts or None, 2000
     if settings.fast_dev_run:
         most, measured = 64, 16
-    step = max(1, len(compared_held_out) // measured)
-    return (posts[:most], held_out[: settings.judge_posts], compared[:most],
-            compared_held_out[::step][:measured])
+    return load_task(settings.posts, settings.comparisons, settings.seed, most, measured)
 
 
 def check_fit(settings, data, tokenizer):
@@ -214,37 +209,10 @@ def check_fit(settings, data, tokenizer):
 # ---------------------------------------------------------------------------- text <-> token ids
 
 
-def encode(posts, summaries, tokenizer, settings):
-    """Posts and summaries as token ids: queries and responses."""
-    return (encode_prompts(posts, tokenizer, settings.query_length, settings.prompt_newlines),
-            [encode_response(text, tokenizer, settings.summary_length) for text in summaries])
-
-
-def encode_pairs(comparisons, tokenizer, settings):
-    """Comparisons -> [(query, chosen, rejected)] as token ids; pairs that are equal once cut to
-    summary_length are left out and counted. Returns the rows that were kept, too."""
-    queries, chosen = encode([row["post"] for row in comparisons],
-                             [row["chosen"] for row in comparisons], tokenizer, settings)
-    _, rejected = encode([], [row["rejected"] for row in comparisons], tokenizer, settings)
-    kept = [i for i in range(len(comparisons)) if chosen[i] != rejected[i]]
-    if len(kept) < len(comparisons):
-        print(f"comparisons: left out {len(comparisons) - len(kept)} of {len(comparisons)}, whose "
-              f"summaries are identical in their first {settings.summary_length} tokens")
-    if not kept:
-        raise DataError(f"{settings.comparisons or 'tiny world'}: no comparison left to train or "
-                        "measure on; add some, or raise summary_length")
-    return [(queries[i], chosen[i], rejected[i]) for i in kept], [comparisons[i] for i in kept]
-
-
-def rows_at_a_time(settings):
-    """How many rows are sampled or scored at a time where nothing is trained."""
-    return settings.rollout_batch_size or 256
-
-
 def score(tokenizer, settings, reward_model, posts, summaries):
     """Texts -> a list of rewards."""
     return score_summaries(reward_model, *encode(posts, summaries, tokenizer, settings),
-                           tokenizer.pad_token_id, rows_at_a_time(settings)).tolist()
+                           tokenizer.pad_token_id, settings.rollout_batch_size or 256).tolist()
 
 
 def write(tokenizer, settings, model, posts, temperature=0.0, *stream):
@@ -253,14 +221,14 @@ def write(tokenizer, settings, model, posts, temperature=0.0, *stream):
     queries, _ = encode(posts, [], tokenizer, settings)
     generator = generator_for(settings.seed, *stream, device=model.device)
     responses = sample_responses(model, tokenizer, queries, settings.response_length, temperature,
-                                 generator, rows_at_a_time(settings))
+                                 generator, settings.rollout_batch_size or 256)
     return [decode_response(ids, tokenizer) for ids in responses]
 
 
 # ---------------------------------------------------------------------------- the stages
 
 
-def supervised_baseline(run, settings, posts, tokenizer, model):
+def supervised_baseline(run, settings, queries, references, tokenizer, model):
     """pi_SFT, trained on (post, reference) pairs (3.4, sft.py), unless it is given."""
     rank = settings.lora_rank
     if rank and settings.base_model:
@@ -268,10 +236,8 @@ def supervised_baseline(run, settings, posts, tokenizer, model):
     if not settings.sft_model:
         if settings.checkpoint_activations:
             checkpoint_activations(model)
-        references = [post["summary"] for post in posts]
-        train_sft(run, model, *encode(posts, references, tokenizer, settings),
-                  tokenizer.pad_token_id, settings)
-        print(f"sft: {len(posts)} posts, last loss {run.history('sft')[-1]['loss']:.3f} nats per "
+        train_sft(run, model, queries, references, tokenizer.pad_token_id, settings)
+        print(f"sft: {len(queries)} posts, last loss {run.history('sft')[-1]['loss']:.3f} nats per "
               "token")
         if settings.posts and not settings.base_model:
             print("sft: a tiny model that has seen so few posts can't write good summaries; this "
@@ -283,35 +249,24 @@ def supervised_baseline(run, settings, posts, tokenizer, model):
     return model
 
 
-def make_tiny_model(posts, settings, device):
-    """A tokenizer trained on the posts and a tiny transformer from scratch."""
-    texts = [f"r/{p['subreddit']} {p['title']} {p['post']} {p['summary']}" for p in posts[:5000]]
-    frame = "SUBREDDIT: r/\n\nTITLE: \n\nPOST: \n\nTL;DR:"
-    tokenizer = toy.make_tokenizer([f" {text}\n{text}" for text in texts] + [frame] * 10)
-    torch.manual_seed(settings.seed)
-    return tokenizer, toy.make_model(tokenizer, settings.toy_width, settings.toy_layers,
-                                     settings.toy_heads).to(device)
-
-
 def collect_comparisons(run, settings, compared, held_out, tokenizer, writes, sft):
     """Step 1. OpenAI's labelers, or the people of your file, have made them before; in the tiny
     world the SFT model writes now and the labeler chooses. Returns pairs of token ids to train on
     and held out, the held-out rows as text, and the first results."""
     results = {"preset": settings.preset, "seed": settings.seed}
     if not settings.posts:
-        sample = partial(writes, sft)
         compared, results["fact_accuracy"] = compare_in_tiny_world(
-            run, compared, "train", sample, settings.temperature)
-        held_out, _ = compare_in_tiny_world(run, held_out, "held out", sample, settings.temperature)
+            run, settings, compared, "train", writes, sft)
+        held_out, _ = compare_in_tiny_world(run, settings, held_out, "held out", writes, sft)
     pairs, _ = encode_pairs(compared, tokenizer, settings)
     return pairs, *encode_pairs(held_out, tokenizer, settings), results
 
 
-def compare_in_tiny_world(run, posts, name, sample, temperature):
+def compare_in_tiny_world(run, settings, posts, name, writes, sft):
     """Sample summaries from the SFT model and let the labeler choose (toy.make_comparisons)."""
     with run.timed(f"comparisons, {name}"):
         # two samples of a quarter of the posts, one of another quarter; the rest needs none
-        samples = [sample(posts[:count], temperature, name, i)
+        samples = [writes(sft, posts[:count], settings.temperature, name, i)
                    for i, count in enumerate((len(posts) // 2, len(posts) // 4))]
         comparisons = toy.make_comparisons(posts, *samples, f"{name} {run.seed}")
     print(f"comparisons, {name}: {len(comparisons)} labelled, {len(posts) - len(comparisons)} left "
@@ -319,7 +274,7 @@ def compare_in_tiny_world(run, posts, name, sample, temperature):
     return comparisons, toy.fact_accuracy(posts, samples[0])
 
 
-def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
+def make_reward_model(run, settings, pairs, queries, references, tokenizer, sft, given):
     """Step 2: the reward model, given or trained; references score 0 on average (reward.py)."""
     if given:
         reward_model = given.to(run.device)
@@ -332,15 +287,13 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
         if settings.checkpoint_activations:
             checkpoint_activations(reward_model.trunk)
         train_reward(run, reward_model, pairs, tokenizer.pad_token_id, settings)
-        posts = posts[:1000]  # the mean is sharp enough by then
-        references = [post["summary"] for post in posts]
-        normalize(reward_model, *encode(posts, references, tokenizer, settings),
-                  tokenizer.pad_token_id, rows_at_a_time(settings))
+        normalize(reward_model, queries[:1000], references[:1000],  # their mean is sharp enough
+                  tokenizer.pad_token_id, settings.rollout_batch_size or 256)
     run.save_model("reward_model", reward_model, tokenizer)
     return reward_model
 
 
-def optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model, ask, sft_texts):
+def optimize_policy(run, settings, queries, held_out, tokenizer, sft, reward_model, ask, sft_texts):
     """Step 3: PPO turns the SFT model into the policy (3.4, ppo.py)."""
     few = held_out[: settings.judge_during]
 
@@ -349,7 +302,6 @@ def optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model
         if settings.judge_every and update % settings.judge_every == 0:
             judge_during(run, update, ask, few, write(tokenizer, settings, sft, few), sft_texts)
 
-    queries, _ = encode(posts, [], tokenizer, settings)
     critic = train_ppo(run, sft, reward_model, queries, tokenizer, settings, evaluate)
     run.save_model("policy", sft, tokenizer)
     run.save_model("critic", critic, tokenizer)
@@ -372,8 +324,7 @@ def judge_summaries(run, settings, posts, sft_texts, best_texts, texts, reward_o
     references = [post["summary"] for post in posts]
     results |= {"kl_per_summary": run.history("ppo")[-1]["kl_per_summary"],
                 "reward_sft": mean(rewards_sft), "reward_ppo": mean(rewards_ppo),
-                "mean_length_sft": mean_words(sft_texts),
-                "mean_length_ppo": mean_words(texts),
+                "mean_length_sft": mean_words(sft_texts), "mean_length_ppo": mean_words(texts),
                 "mean_length_reference": mean_words(references),
                 "warnings": list(run.warnings.values()), "seconds": run.total_seconds(),
                 "peak_memory_bytes": peak_memory_bytes()}
@@ -383,8 +334,7 @@ def judge_summaries(run, settings, posts, sft_texts, best_texts, texts, reward_o
                         "reference": references[i], "sft": sft_texts[i], "ppo": texts[i],
                         "reward_sft": rewards_sft[i], "reward_ppo": rewards_ppo[i],
                         "ppo_vs_reference": outcomes["ppo_vs_reference"][i],
-                        "ppo_vs_sft": outcomes["ppo_vs_sft"][i],
-                        "judge": settings.judge})
+                        "ppo_vs_sft": outcomes["ppo_vs_sft"][i], "judge": settings.judge})
     run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
     if rank() == 0:
         run.write("results.json", results)  # before anything is drawn or printed, which may fail

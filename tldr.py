@@ -29,6 +29,7 @@ import random
 
 from engine.rows import DataError, checked_rows, expect, find_row, get_text, rows_of
 from engine.texts import front_ids, text_ids
+from lm import encode_response
 
 # ---------------------------------------------------------------------------- the prompt, App. B.2
 
@@ -131,6 +132,28 @@ def check_titles(rows, source, tokenizer, query_length, newlines=2):
                 encode_prompt(empty, tokenizer, query_length, "\n" * newlines)
             except DataError as error:
                 raise DataError(f"{source}: {find_row(source, post['title'])}, {error}") from None
+
+
+def encode(posts, summaries, tokenizer, settings):
+    """Posts and summaries as token ids: queries and responses."""
+    return (encode_prompts(posts, tokenizer, settings.query_length, settings.prompt_newlines),
+            [encode_response(text, tokenizer, settings.summary_length) for text in summaries])
+
+
+def encode_pairs(comparisons, tokenizer, settings):
+    """Comparisons -> [(query, chosen, rejected)] as token ids; pairs that are equal once cut to
+    summary_length are left out and counted. Returns the rows that were kept, too."""
+    queries, chosen = encode([row["post"] for row in comparisons],
+                             [row["chosen"] for row in comparisons], tokenizer, settings)
+    _, rejected = encode([], [row["rejected"] for row in comparisons], tokenizer, settings)
+    kept = [i for i in range(len(comparisons)) if chosen[i] != rejected[i]]
+    if len(kept) < len(comparisons):
+        print(f"comparisons: left out {len(comparisons) - len(kept)} of {len(comparisons)}, whose "
+              f"summaries are identical in their first {settings.summary_length} tokens")
+    if not kept:
+        raise DataError(f"{settings.comparisons or 'tiny world'}: no comparison left to train or "
+                        "measure on; add some, or raise summary_length")
+    return [(queries[i], chosen[i], rejected[i]) for i in kept], [comparisons[i] for i in kept]
 
 
 # ---------------------------------------------------------------------------- one row
@@ -258,9 +281,12 @@ def without_posts_of(rows, others):
     return [row for row in rows if post_text(row) not in seen]
 
 
-def load_task(posts_source, comparisons_source, seed):
-    """All that a run reads: (posts, held out, comparisons, held out). No post that is held out, on
-    either side, is trained on, on either side."""
+def load_task(posts_source, comparisons_source, seed, most=None, measured=2000):
+    """What a run reads: (posts, held out, comparisons, held out). Of posts and of comparisons to
+    train on it takes the first `most`, and among the held-out comparisons `measured`.
+
+    No post that is held out, on either side, is trained on, on either side.
+    """
     posts, held_out = load_both_splits(load_posts, posts_source, seed)
     compared, compared_held_out = load_both_splits(load_comparisons, comparisons_source, seed)
     seen = held_out + compared_held_out
@@ -272,7 +298,8 @@ def load_task(posts_source, comparisons_source, seed):
     if not posts or not compared:
         raise DataError(f"{comparisons_source}, {posts_source}: expected posts and comparisons "
                         "whose post is not held out, got none to train on: add some")
-    return posts, held_out, compared, compared_held_out
+    step = max(1, len(compared_held_out) // measured)
+    return posts[:most], held_out, compared[:most], compared_held_out[::step][:measured]
 
 
 if __name__ == "__main__":
