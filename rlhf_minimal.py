@@ -65,8 +65,9 @@ def run_all(settings):
     run, data, tokenizer, model, reward_model, judge = prepared
     # Posts with human references (3.2) and comparisons (3.3), of which some are held out
     posts, held_out, compared, compared_held_out = data
-    held_out, references = held_out[: settings.judge_posts], [post["summary"] for post in posts]
-    queries, responses = encode(posts, references, tokenizer, settings)
+    held_out = held_out[: settings.judge_posts]
+    references = [post["summary"] for post in posts]
+    queries, responses = encode(posts, references, tokenizer, settings)  # as token ids
     writes = partial(write, tokenizer, settings)  # (model, posts) -> summaries
     with run.guarded(), mixed_precision(run.device, run.dtype):  # Ctrl-C saves; half precision
         # Where the loop starts: pi_SFT, a language model fine-tuned on the references (3.4)
@@ -118,8 +119,7 @@ def prepare_run(settings):
     # First what takes no time
     with agreed():
         posts_per_update(settings)
-        if rank() == 0:
-            check_folder(folder, config, *flags)
+        check_folder(folder, config, *flags)
     if settings.resume and is_finished(folder):
         shutil.rmtree(Path(folder, "checkpoints"), ignore_errors=True)  # a kill may have left them
         print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
@@ -142,12 +142,11 @@ def load_given(settings, device, dtype):
     given = [vars(settings)[name] for name in SOURCES if vars(settings)[name]]
     if not all(source in JUDGES or Path(source).exists() for source in given):  # hub ids
         go_offline_unless_reachable()
-    judge = model = reward_model = None
-    if settings.reward_model:
-        reward_model = load_reward_model(settings)
     start, small = settings.sft_model or settings.base_model, settings.fast_dev_run
+    reward_model = load_reward_model(settings) if settings.reward_model else None
     if start and not small:
         plan_memory(settings, start, device, dtype)
+    judge = model = None
     if settings.judge != "reward_model":
         judge = load_judge(settings.judge, small, device, dtype)
     if start:
@@ -162,8 +161,7 @@ def plan_memory(settings, start, device, dtype):
     plan = memory_plan(settings, *configs, device=device, dtype=dtype)
     available, where = available_memory(device)
     if settings.checkpoint_activations is None and peak_of(plan) > available:
-        print(f"memory: {peak_of(plan) / 2**30:.1f} GiB would not fit, so activations are computed "
-              "twice (--checkpoint_activations)")
+        print("memory: too little, so activations are computed twice (--checkpoint_activations)")
         settings.checkpoint_activations = True
         plan = memory_plan(settings, *configs, device=device, dtype=dtype)
     check_memory(plan, available, where)
@@ -184,29 +182,27 @@ def load_data(settings):
     """Posts with references to train on, and held out to judge on; comparisons to train on, and
     held out; no post on both sides. In the tiny world the comparisons are still posts here."""
     if not settings.posts:
-        return toy.make_data(settings.toy_posts, settings.toy_comparisons, settings.toy_held_out,
-                             settings.seed)
+        return toy.make_data(settings)
     # 2,000 pairs tell an accuracy to +- .02; the hub's validation part has 83,802
-    most, measured = settings.max_posts or None, 2000
-    if settings.fast_dev_run:
-        most, measured = 64, 16
+    most, measured = (64, 16) if settings.fast_dev_run else (settings.max_posts or None, 2000)
     return load_task(settings.posts, settings.comparisons, settings.seed, most, measured)
 
 
 def check_fit(settings, data, tokenizer):
     """What would else be found when its stage begins, after hours: a post whose title has no room
     for its cue, and a reward model that reads other token ids."""
-    posts, held_out, compared, compared_held_out = data
-    sources = {settings.posts: posts + held_out, settings.comparisons: compared + compared_held_out}
-    for source, rows in sources.items() if settings.posts else ():
-        check_titles(rows, source, tokenizer, settings.query_length, settings.prompt_newlines)
+    if settings.posts:
+        posts, held_out, compared, compared_held_out = data
+        for source, rows in ((settings.posts, posts + held_out),
+                             (settings.comparisons, compared + compared_held_out)):
+            check_titles(rows, source, tokenizer, settings.query_length, settings.prompt_newlines)
     given = settings.reward_model
     if given and load_tokenizer(given).get_vocab() != tokenizer.get_vocab():
-        raise SettingError(f"--reward_model {given}: it was trained with another tokenizer than the "
-                           "SFT model; pass one that fits")
+        raise SettingError(f"--reward_model {given}: it was trained with another tokenizer than "
+                           "the SFT model; pass one that fits")
 
 
-# ---------------------------------------------------------------------------- text <-> token ids
+# ---------------------------------------------------------------------------- text in, text out
 
 
 def score(tokenizer, settings, reward_model, posts, summaries):
@@ -230,9 +226,8 @@ def write(tokenizer, settings, model, posts, temperature=0.0, *stream):
 
 def supervised_baseline(run, settings, queries, references, tokenizer, model):
     """pi_SFT, trained on (post, reference) pairs (3.4, sft.py), unless it is given."""
-    rank = settings.lora_rank
-    if rank and settings.base_model:
-        model = add_adapter(model, rank, settings.seed)
+    if settings.lora_rank and settings.base_model:
+        model = add_adapter(model, settings.lora_rank, settings.seed)
     if not settings.sft_model:
         if settings.checkpoint_activations:
             checkpoint_activations(model)
@@ -244,8 +239,8 @@ def supervised_baseline(run, settings, queries, references, tokenizer, model):
                   "shows that your rows go through, not what the method reaches")
     run.save_model("sft", model, tokenizer)
     # what is trained from here on is an adapter; a tiny model from scratch had to learn first
-    if rank and not settings.base_model:
-        model = add_adapter(model, rank, settings.seed)
+    if settings.lora_rank and not settings.base_model:
+        model = add_adapter(model, settings.lora_rank, settings.seed)
     return model
 
 
@@ -321,17 +316,16 @@ def judge_summaries(run, settings, posts, sft_texts, best_texts, texts, reward_o
                               for side in toy.swapped_fact_pairs(posts, run.seed))
             results["reward_accuracy_swapped_fact"] = preference_accuracy(ideal, swapped)
         rewards_sft, rewards_ppo = reward_of(posts, sft_texts), reward_of(posts, texts)
-    references = [post["summary"] for post in posts]
     results |= {"kl_per_summary": run.history("ppo")[-1]["kl_per_summary"],
                 "reward_sft": mean(rewards_sft), "reward_ppo": mean(rewards_ppo),
                 "mean_length_sft": mean_words(sft_texts), "mean_length_ppo": mean_words(texts),
-                "mean_length_reference": mean_words(references),
+                "mean_length_reference": mean_words([post["summary"] for post in posts]),
                 "warnings": list(run.warnings.values()), "seconds": run.total_seconds(),
                 "peak_memory_bytes": peak_memory_bytes()}
     samples = []
     for i, post in enumerate(posts):
         samples.append({"post": {key: post[key] for key in ("subreddit", "title", "post")},
-                        "reference": references[i], "sft": sft_texts[i], "ppo": texts[i],
+                        "reference": post["summary"], "sft": sft_texts[i], "ppo": texts[i],
                         "reward_sft": rewards_sft[i], "reward_ppo": rewards_ppo[i],
                         "ppo_vs_reference": outcomes["ppo_vs_reference"][i],
                         "ppo_vs_sft": outcomes["ppo_vs_sft"][i], "judge": settings.judge})
@@ -355,10 +349,8 @@ def summarize(settings):
     """--summarize FILE: the summaries of one post by the SFT model and the policy of a finished
     run, with their rewards."""
     folder = Path(settings.output_dir or "")
-    for name in ("sft", "policy", "reward_model"):  # what is missing would be asked of the hub
-        if not (folder / name / "config.json").is_file():
-            raise SettingError(f"--summarize needs --output_dir with a finished run, got {folder} "
-                               f"and no model in {folder / name}")
+    if not is_finished(folder):
+        raise SettingError(f"--summarize needs --output_dir with a finished run, got {folder}")
     try:
         text = read_text(Path(settings.summarize)).strip()
     except (OSError, ValueError) as error:
@@ -366,12 +358,12 @@ def summarize(settings):
                            f"({error})") from None
     if not text:
         raise SettingError(f"--summarize {settings.summarize}: expected a post, found no text")
-    for name in ("query_length", "prompt_newlines", "summary_length", "response_length",
-                 "rollout_batch_size"):
-        setattr(settings, name, recorded(folder, name))
-        if type(recorded(folder, name)) is not int:
+    for name in ("query_length", "prompt_newlines", "summary_length", "response_length"):
+        value = recorded(folder, name)
+        if type(value) is not int:
             raise SettingError(f"--output_dir {folder}: expected the settings of a run in "
                                f"config.json, found no {name}; run it again, or choose another")
+        setattr(settings, name, value)
     check_ranges(settings)
     device = pick_device(settings.device)
     reward_model = from_hub(RewardModel.from_pretrained, folder / "reward_model").to(device)

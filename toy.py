@@ -109,11 +109,12 @@ def make_posts(n, seed):
     return list(posts.values())
 
 
-def make_data(n_posts, n_compared, n_held_out, seed):
+def make_data(settings):
     """What tldr.load_task reads, (posts, held out, comparisons, held out), but the comparisons are
     still posts: the SFT model writes summaries of them first."""
-    sizes = n_held_out, n_compared // 8, n_compared, n_posts
-    rows = iter(make_posts(sum(sizes), seed))
+    n_compared = settings.toy_comparisons
+    sizes = settings.toy_held_out, n_compared // 8, n_compared, settings.toy_posts
+    rows = iter(make_posts(sum(sizes), settings.seed))
     held_out, compared_held_out, compared, posts = (list(islice(rows, n)) for n in sizes)
     return posts, held_out, compared, compared_held_out
 
