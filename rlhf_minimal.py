@@ -66,19 +66,20 @@ def run_all(settings):
     # Posts with human references (3.2) and comparisons (3.3), of which some are held out
     posts, held_out, compared, compared_held_out = data
     held_out = held_out[: settings.judge_posts]
-    references = [post["summary"] for post in posts]
-    queries, responses = encode(posts, references, tokenizer, settings)  # as token ids
+    few = held_out[: settings.judge_during]  # for what is judged during PPO, and best of n
+    # ... as token ids, and how a model's summaries come back as text
+    queries, references = encode(posts, [post["summary"] for post in posts], tokenizer, settings)
     writes = partial(write, tokenizer, settings)  # (model, posts) -> summaries
     with run.guarded(), mixed_precision(run.device, run.dtype):  # Ctrl-C saves; half precision
         # Where the loop starts: pi_SFT, a language model fine-tuned on the references (3.4)
-        sft = supervised_baseline(run, settings, queries, responses, tokenizer, model)
+        sft = supervised_baseline(run, settings, queries, references, tokenizer, model)
 
         # Step 1: people, or the tiny world's labeler, compare two summaries of a post (3.1, 3.3)
         pairs, held_out_pairs, held_out_rows, results = collect_comparisons(
             run, settings, compared, compared_held_out, tokenizer, writes, sft)
 
         # Step 2: a reward model learns to score the preferred one higher (3.4)
-        reward_model = make_reward_model(run, settings, pairs, queries, responses, tokenizer, sft,
+        reward_model = make_reward_model(run, settings, pairs, queries, references, tokenizer, sft,
                                          reward_model)
         reward_of = partial(score, tokenizer, settings, reward_model)  # (posts, summaries) -> r
 
@@ -90,13 +91,12 @@ def run_all(settings):
 
         # What pi_SFT writes, before it becomes the policy, and its best of n samples (4.1, G.3)
         sft_texts = writes(sft, held_out)
-        best_texts = best_of_n(writes, reward_of, sft, held_out[: settings.judge_during],
-                               settings.best_of_n)
+        best_texts = best_of_n(writes, reward_of, sft, few, settings.best_of_n)
 
         # Step 3: PPO makes what the reward model likes more likely (3.4). In place: sft is the
         # policy from here on
-        policy = optimize_policy(run, settings, queries, held_out, tokenizer, sft, reward_model,
-                                 ask, sft_texts)
+        policy = optimize_policy(run, settings, queries, few, tokenizer, sft, reward_model, ask,
+                                 sft_texts)
 
         # Who wrote the better summaries? (4.1)
         return judge_summaries(run, settings, held_out, sft_texts, best_texts,
@@ -288,10 +288,8 @@ def make_reward_model(run, settings, pairs, queries, references, tokenizer, sft,
     return reward_model
 
 
-def optimize_policy(run, settings, queries, held_out, tokenizer, sft, reward_model, ask, sft_texts):
+def optimize_policy(run, settings, queries, few, tokenizer, sft, reward_model, ask, sft_texts):
     """Step 3: PPO turns the SFT model into the policy (3.4, ppo.py)."""
-    few = held_out[: settings.judge_during]
-
     def evaluate(update):
         """The periodic win rate: every judge_every updates, on a few held-out posts."""
         if settings.judge_every and update % settings.judge_every == 0:
