@@ -42,7 +42,7 @@ from tldr import build_prompt, truncate_post
 
 @dataclass
 class JudgeConfig:
-    judge: str = HfArg(default="labeler", help="labeler | longest | reward_model | hub id or folder")
+    judge: str = HfArg(default="labeler", help="labeler, longest, reward_model, hub id or folder")
     judge_posts: int = HfArg(default=500, help="held-out posts, at the end; T = 0 as in Fig. 8")
     judge_every: int = HfArg(default=10, help="PPO updates between win rates; 0 = only at the end")
     judge_during: int = HfArg(default=100, help="held-out posts for the win rates during PPO")
@@ -483,8 +483,8 @@ def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
     """Held-out accuracy of a preference model that never sees the post: logistic regression on the
     counts of each token and the length, fitted to the same pairs. What a reward model has beyond
     it, it has from reading the post. Ours, not the paper's."""
-    x, weights = (count_tokens(train_pairs, vocabulary_size),
-                  torch.zeros(vocabulary_size + 1, requires_grad=True))
+    x = count_tokens(train_pairs, vocabulary_size)  # (N, V+1)
+    weights = torch.zeros(vocabulary_size + 1, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=0.05)
     for _ in range(200):  # far enough: a convex loss
         gaps = x @ weights

@@ -194,8 +194,7 @@ def read_summary(summary):
     for sentence in re.findall(r"[^.?!]*[.?!]|[^.?!]+$", summary):
         read = (None, sentence.strip())
         for name, pattern in PATTERNS.items():
-            match = pattern.fullmatch(sentence.strip())
-            if match:
+            if match := pattern.fullmatch(sentence.strip()):
                 read = (name, match.groupdict())
         sentences.append(read)
     return sentences
@@ -342,7 +341,7 @@ def make_model(tokenizer, width=64, layers=2, heads=4):
 
 def make_start(posts, settings, device):
     """What a run starts from: a tokenizer that is trained on the posts, and a model from scratch."""
-    texts = [f"r/{p['subreddit']} {p['title']} {p['post']} {p['summary']}" for p in posts[:5000]]
+    texts = ["r/{subreddit} {title} {post} {summary}".format(**post) for post in posts[:5000]]
     frame = "SUBREDDIT: r/\n\nTITLE: \n\nPOST: \n\nTL;DR:"
     tokenizer = make_tokenizer([f" {text}\n{text}" for text in texts] + [frame] * 10)
     torch.manual_seed(settings.seed)
