@@ -131,7 +131,7 @@ def recorded(folder, name):
     """A setting of the run in a folder, None where there is none."""
     try:
         return json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))[name]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
