@@ -33,6 +33,7 @@ from engine.architectures import most_positions
 from engine.devices import pick_device, pick_dtype
 from engine.models import load_language_model
 from engine.processes import share_out
+from engine.settings import SettingError
 from engine.texts import control_ids, front_ids, ids_after, text_ids
 from lm import get_position_ids, pad
 from reward import preference_accuracy, preference_loss, score_summaries
@@ -41,7 +42,7 @@ from tldr import build_prompt, truncate_post
 
 @dataclass
 class JudgeConfig:
-    judge: str = HfArg(default=None, help="labeler | longest | reward_model | hub id or folder")
+    judge: str = HfArg(default="labeler", help="labeler, longest, reward_model, hub id or folder")
     judge_posts: int = HfArg(default=500, help="held-out posts, at the end; T = 0 as in Fig. 8")
     judge_every: int = HfArg(default=10, help="PPO updates between win rates; 0 = only at the end")
     judge_during: int = HfArg(default=100, help="held-out posts for the win rates during PPO")
@@ -196,7 +197,8 @@ def best_of_n_kl(n):
 
 
 def reward_model_judge(score):
-    """The judge that prefers the higher score; score(posts, summaries) -> a list of floats.
+    """The judge that prefers the higher score; score(posts, summaries) -> a list of floats. Of a
+    reward model: PPO was trained to please this judge, which shows that and nothing else.
 
     Equal summaries or scores are an "A" in both orders, hence a tie; a NaN is an abstention.
     """
@@ -263,13 +265,6 @@ def text_around(tokenizer):
     return before, after
 
 
-def tokens_around(tokenizer):
-    """text_around as token ids. The question ends with a full stop."""
-    before, after = text_around(tokenizer)
-    ids = control_ids(tokenizer, [before])[0] if before else front_ids(tokenizer)
-    return ids, ids_after(tokenizer, ".", after, control_ids)
-
-
 def answer_tokens(tokenizer):
     """(2, K): the ids of "A" and of "B" in K spellings, as they come right after the question and
     what follows it. ValueError if the tokenizer has none."""
@@ -333,7 +328,9 @@ def language_model_judge(model, tokenizer, batch_size=8, min_probability=0.5, ma
     before it answers.
     """
     answers = answer_tokens(tokenizer)
-    before, after = tokens_around(tokenizer)
+    before, after = text_around(tokenizer)
+    before = control_ids(tokenizer, [before])[0] if before else front_ids(tokenizer)
+    after = ids_after(tokenizer, ".", after, control_ids)  # the question ends with a full stop
     room = (min(max_length, most_positions(model.config), tokenizer.model_max_length)
             - len(before) - len(after))
     if get_prompt(tokenizer, before, after, room, {"post": ""}, "word", "word") is None:
@@ -359,25 +356,26 @@ def language_model_judge(model, tokenizer, batch_size=8, min_probability=0.5, ma
     return judge
 
 
-def load_judge(name, score=None, small=False, device=None, dtype=None):
-    """JudgeConfig.judge -> a judge; score(posts, summaries) -> floats is for "reward_model".
+def load_judge(name, small=False, device=None, dtype=None):
+    """JudgeConfig.judge -> a judge, for all names but "reward_model": that one has to be trained
+    first, and reward_model_judge makes a judge of it.
 
-    Raises ValueError on "labeler" or None, and on "reward_model" without a score. small: a model of
-    the same architecture with random weights.
+    Raises SettingError for a model that can't judge. small: a model of the same architecture with
+    random weights.
     """
-    if name in (None, "labeler") or name == "reward_model" and score is None:
-        raise ValueError(f"judge {name}: the labeler exists in the tiny world only, reward_model "
-                         "needs a score; else name longest, a hub id or a folder")
+    if name == "labeler":  # of the tiny world: whoever writes by its taste wins
+        return quality_judge(toy.true_quality)
     if name == "longest":  # in characters; what every other judge has to beat (App. F)
         return quality_judge(lambda post, summary: len(summary))
-    if name == "reward_model":  # PPO was trained to please it: shows that, and nothing else
-        return reward_model_judge(score)
     # Qwen/Qwen2.5-3B-Instruct, the full preset's, is licensed for non-commercial research only;
     # Qwen/Qwen3-4B-Instruct-2507 is under Apache-2.0.
     device = device or pick_device()
     tokenizer, model = load_language_model(name, device, dtype or pick_dtype("auto", device),
                                            small=small)
-    return language_model_judge(model.requires_grad_(False), tokenizer)
+    try:
+        return language_model_judge(model.requires_grad_(False), tokenizer)
+    except ValueError as error:
+        raise SettingError(f"--judge {name}: {error}") from None
 
 
 # ---------------------------------------------------------------------------- a run's win rates
@@ -405,9 +403,10 @@ def judged(run, judge, name, posts, ours, theirs):
 # Below, ask(posts, ours, theirs) is `judged` with its run, judge and name filled in.
 
 
-def judge_the_judge(ask, comparisons):
-    """How often the judge agrees with the labels of held-out comparisons: what its win rates are
-    worth."""
+def judge_the_judge(ask, comparisons, most=500):
+    """How often the judge agrees with the labels of about `most` held-out comparisons: what its win
+    rates are worth."""
+    comparisons = comparisons[:: max(1, len(comparisons) // most)]
     # As in 3.3, where labelers agree with the authors on 77 % of pairs, and the authors with each
     # other on 73 %: no judge of real summaries can come much higher. Ties count half.
     sides = ([row[key] for row in comparisons] for key in ("post", "chosen", "rejected"))
@@ -484,8 +483,8 @@ def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
     """Held-out accuracy of a preference model that never sees the post: logistic regression on the
     counts of each token and the length, fitted to the same pairs. What a reward model has beyond
     it, it has from reading the post. Ours, not the paper's."""
-    x, weights = (count_tokens(train_pairs, vocabulary_size),
-                  torch.zeros(vocabulary_size + 1, requires_grad=True))
+    x = count_tokens(train_pairs, vocabulary_size)  # (N, V+1)
+    weights = torch.zeros(vocabulary_size + 1, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=0.05)
     for _ in range(200):  # far enough: a convex loss
         gaps = x @ weights
@@ -497,16 +496,22 @@ def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
     return preference_accuracy(gaps, torch.zeros_like(gaps))
 
 
-def measure_reward_model(reward_model, pairs, held_out, rows, tokenizer, batch_size=256):
+def measure_reward_model(run, reward_model, pairs, held_out, rows, tokenizer, batch_size):
     """What results.json holds about the reward model: its accuracy on the held-out comparisons
     (pairs of token ids, and their rows) beside those of judges that never read the post."""
     queries, better, worse = zip(*held_out)
     chosen, rejected = (score_summaries(reward_model, queries, side, tokenizer.pad_token_id,
                                         batch_size)
                         for side in (better, worse))
-    results = {"reward_accuracy": preference_accuracy(chosen, rejected),
-               "reward_accuracy_longest_wins": length_accuracy(held_out),
-               "reward_accuracy_n": len(held_out)}
+    n, accuracy = len(rows), preference_accuracy(chosen, rejected)
+    results = {"reward_accuracy": accuracy,
+               "reward_accuracy_longest_wins": length_accuracy(held_out), "reward_accuracy_n": n}
+    print(f"reward model: accuracy {accuracy:.3f} on {n} held-out comparisons, "
+          f"pick-the-longer {results['reward_accuracy_longest_wins']:.3f}")
+    if wilson_interval(accuracy, n)[0] <= 0.5:
+        run.warn("reward", f"the reward model is no better than chance, {accuracy:.3f} on {n} "
+                 "held-out comparisons (the 95 % interval reaches 0.5): what PPO makes of it means "
+                 "nothing; train it on more or cleaner comparisons")
     if "gap" in rows[0]:  # the tiny world, where the labeler's taste is known
         gaps = torch.tensor([row["gap"] for row in rows])
         agrees = ((chosen > rejected) == (gaps > 0))[gaps != 0]

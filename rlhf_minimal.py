@@ -13,25 +13,23 @@ people (`toy.py`); and one round of the loop, where OpenAI trained four reward m
 comparisons each time (C.6), with the newest policy's summaries among them (3.1).
 """
 
-import os
 import sys
+from pathlib import Path
 
 if __name__ == "__main__":  # python -m would import an lm.py of the current folder in place of ours
-    sys.path[0] = os.path.dirname(os.path.abspath(__file__))
+    sys.path[0] = str(Path(__file__).resolve().parent)
 
 import json
 import shlex
 import shutil
 from contextlib import suppress
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from statistics import fmean as mean
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, logging
+from transformers import logging
 
 import toy
 from engine.adapters import add_adapter, checkpoint_activations
@@ -39,128 +37,134 @@ from engine.batches import generator_for, posts_per_update
 from engine.checkpoints import is_finished
 from engine.devices import available_memory, mixed_precision, peak_memory_bytes, pick_device
 from engine.devices import pick_dtype
-from engine.folder import Run, check_folder, choose_folder, describe, describe_hub, recorded
+from engine.folder import SOURCES, Run, check_folder, choose_folder, describe, describe_hub
+from engine.folder import recorded
 from engine.memory import check_memory, memory_plan, peak_of
 from engine.models import causal_config, from_hub, go_offline_unless_reachable
-from engine.models import load_for_training, load_language_model
+from engine.models import load_for_training, load_language_model, load_tokenizer
 from engine.processes import agreed, n_processes, rank, start_processes
 from engine.report import one_line, report
 from engine.rows import read_text
 from engine.settings import JUDGES, SettingError, check_ranges, parse
 from judge import JudgeConfig, agreements, best_of_n, best_of_n_kl, compare_summaries, judge_during
 from judge import judge_the_judge, judged, load_judge, mean_words, measure_reward_model
-from judge import quality_judge, reward_model_judge, wilson_interval
-from lm import decode_response, encode_response, sample_responses
+from judge import reward_model_judge
+from lm import decode_response, sample_responses
 from ppo import PPOConfig, train_ppo
 from reward import RewardConfig, RewardModel, normalize, preference_accuracy, score_summaries
 from reward import train_reward
 from sft import SFTConfig, train_sft
-from tldr import DataError, check_titles, encode_prompts, load_both_splits, load_comparisons
-from tldr import load_posts, without_posts_of
+from tldr import DataError, check_titles, encode, encode_pairs, load_task
 
 
 def run_all(settings):
     """The paper's loop, once around (3.1, Fig. 2). Returns what results.json holds."""
-    # Posts with human references (3.2), comparisons (3.3), the judge, and models that are given
-    # (None where they are trained here)
     prepared = prepare_run(settings)
     if prepared is None:  # it was finished before, and --resume has nothing to do
         return None
-    run, data, judge, given_model, given_reward_model = prepared
+    run, data, tokenizer, model, reward_model, judge = prepared
+    # Posts with human references (3.2) and comparisons (3.3), of which some are held out
     posts, held_out, compared, compared_held_out = data
+    held_out = held_out[: settings.judge_posts]
+    few = held_out[: settings.judge_during]  # for what is judged during PPO, and best of n
+    # ... as token ids, and how a model's summaries come back as text
+    queries, references = encode(posts, [post["summary"] for post in posts], tokenizer, settings)
+    writes = partial(write, tokenizer, settings)  # (model, posts) -> summaries
     with run.guarded(), mixed_precision(run.device, run.dtype):  # Ctrl-C saves; half precision
         # Where the loop starts: pi_SFT, a language model fine-tuned on the references (3.4)
-        tokenizer, sft = supervised_baseline(run, settings, posts, given_model)
+        sft = supervised_baseline(run, settings, queries, references, tokenizer, model)
 
         # Step 1: people, or the tiny world's labeler, compare two summaries of a post (3.1, 3.3)
         pairs, held_out_pairs, held_out_rows, results = collect_comparisons(
-            run, settings, compared, compared_held_out, tokenizer, sft)
+            run, settings, compared, compared_held_out, tokenizer, writes, sft)
 
-        # Step 2: a reward model learns to score the preferred one higher (3.4), and is tested (4.3)
-        reward_model = make_reward_model(run, settings, posts, pairs, tokenizer, sft,
-                                         given_reward_model)
-        ask = make_ask(run, settings, judge, tokenizer, reward_model)  # whose summary is better?
-        results |= evaluate_reward_model(run, settings, pairs, held_out_pairs, held_out_rows,
-                                         tokenizer, reward_model, ask)
+        # Step 2: a reward model learns to score the preferred one higher (3.4)
+        reward_model = make_reward_model(run, settings, pairs, queries, references, tokenizer, sft,
+                                         reward_model)
+        reward_of = partial(score, tokenizer, settings, reward_model)  # (posts, summaries) -> r
+
+        # How often it, and the judge, agree with held-out labels (4.3, 3.3)
+        ask = partial(judged, run, judge or reward_model_judge(reward_of), settings.judge)
+        results |= measure_reward_model(run, reward_model, pairs, held_out_pairs, held_out_rows,
+                                        tokenizer, settings.rollout_batch_size or 256)
+        results |= judge_the_judge(ask, held_out_rows, settings.judge_posts)
 
         # What pi_SFT writes, before it becomes the policy, and its best of n samples (4.1, G.3)
-        sft_texts, best_texts = write_sft_texts(settings, held_out, tokenizer, sft, reward_model)
+        sft_texts = writes(sft, held_out)
+        best_texts = best_of_n(writes, reward_of, sft, few, settings.best_of_n)
 
         # Step 3: PPO makes what the reward model likes more likely (3.4). In place: sft is the
         # policy from here on
-        policy = optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model, ask,
+        policy = optimize_policy(run, settings, queries, few, tokenizer, sft, reward_model, ask,
                                  sft_texts)
 
         # Who wrote the better summaries? (4.1)
-        return judge_summaries(run, settings, held_out, tokenizer, policy, reward_model, ask,
-                               sft_texts, best_texts, results)
+        return judge_summaries(run, settings, held_out, sft_texts, best_texts,
+                               writes(policy, held_out), reward_of, ask, results)
 
 
 # ---------------------------------------------------------------------------- what is there already
 
+
 def prepare_run(settings):
-    """The run's folder, its data, and what is given, before anything is trained: they may not be
-    there, or too large for this machine. None for a run that is finished."""
+    """What there is before anything is trained: the run's folder, its data, tokenizer and model to
+    start from, and reward model and judge, None where they are trained here. None for a run that is
+    finished. Whatever is missing, wrong or too large for this machine ends the run here."""
     device = start_processes(pick_device(settings.device))
     dtype = pick_dtype(settings.dtype, device)
     folder, flags = settings.output_dir, (settings.restart, settings.resume)
     if settings.resume and settings.checkpoint_activations is None:  # what was chosen then
         settings.checkpoint_activations = recorded(folder, "checkpoint_activations")
     config = describe(vars(settings))
+    # First what takes no time
     with agreed():
         posts_per_update(settings)
-        if rank() == 0:
-            check_folder(folder, config, *flags)
+        check_folder(folder, config, *flags)
     if settings.resume and is_finished(folder):
         shutil.rmtree(Path(folder, "checkpoints"), ignore_errors=True)  # a kill may have left them
         print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
         return None
+    # Then what is read or downloaded. The folder is made last, when nothing is wrong
     with agreed():
-        judge, model, reward_model, dtype = load_given(settings, device, dtype)
-        config["checkpoint_activations"] = bool(settings.checkpoint_activations)
+        judge, start, reward_model, dtype = load_given(settings, device, dtype)
         data = load_data(settings)
-        if settings.posts:
-            tokenizer, _ = model or make_tiny_model(data[0], settings, device)
-            check_all_titles(settings, data, tokenizer)
+        tokenizer, model = start or toy.make_start(data[0], settings, device)
+        check_fit(settings, data, tokenizer)
+        config["checkpoint_activations"] = bool(settings.checkpoint_activations)
         config["from_hub"] = describe_hub(config, data)
         run = Run(folder, config, *flags, settings.save_seconds, device, dtype)
-    return run, data, judge, model, reward_model
+    return run, data, tokenizer, model, reward_model, judge
 
 
 def load_given(settings, device, dtype):
     """The judge, (tokenizer, language model), and the reward model; None for what is made here, and
     for a judge that is this run's own reward model. And the type to multiply in."""
-    name, small = settings.judge or "labeler", settings.fast_dev_run
-    judge = model = reward_model = None
-    start = settings.sft_model or settings.base_model
-    models = [source for source in (start, name) if source not in (None, *JUDGES)]
-    sources = [*models, settings.tokenizer, settings.reward_model]
-    rows = [source for source in (settings.posts, settings.comparisons) if "/" in str(source)]
-    if any(source and not Path(source).exists() for source in sources + rows):  # hub ids
+    given = [vars(settings)[name] for name in SOURCES if vars(settings)[name]]
+    if not all(source in JUDGES or Path(source).exists() for source in given):  # hub ids
         go_offline_unless_reachable()
-    if settings.reward_model:
-        reward_model = load_reward_model(settings)
+    start, small = settings.sft_model or settings.base_model, settings.fast_dev_run
+    reward_model = load_reward_model(settings) if settings.reward_model else None
     if start and not small:
-        plan_of = partial(memory_plan, settings, *map(causal_config, models), device=device,
-                          dtype=dtype)
-        plan, (available, where) = plan_of(), available_memory(device)
-        if settings.checkpoint_activations is None and peak_of(plan) > available:
-            print(f"memory: {peak_of(plan) / 2**30:.1f} GiB would not fit, so activations are "
-                  "computed twice (--checkpoint_activations)")
-            settings.checkpoint_activations = True
-            plan = plan_of()
-        check_memory(plan, available, where)
-    if name == "labeler":  # of the tiny world
-        judge = quality_judge(toy.true_quality)
-    elif name != "reward_model":
-        try:
-            judge = load_judge(name, None, small, device, dtype)
-        except ValueError as error:
-            raise SettingError(str(error) if name in str(error) else f"--judge {name}: {error}"
-                               ) from None
+        plan_memory(settings, start, device, dtype)
+    judge = model = None
+    if settings.judge != "reward_model":
+        judge = load_judge(settings.judge, small, device, dtype)
     if start:
         *model, dtype = load_for_training(start, device, dtype, settings)
     return judge, model, reward_model, dtype
+
+
+def plan_memory(settings, start, device, dtype):
+    """Raise SettingError if the models won't fit into memory, even where activations are computed
+    twice, which this switches on if it has to."""
+    configs = [causal_config(name) for name in (start, settings.judge) if name not in JUDGES]
+    plan = memory_plan(settings, *configs, device=device, dtype=dtype)
+    available, where = available_memory(device)
+    if settings.checkpoint_activations is None and peak_of(plan) > available:
+        print("memory: too little, so activations are computed twice (--checkpoint_activations)")
+        settings.checkpoint_activations = True
+        plan = memory_plan(settings, *configs, device=device, dtype=dtype)
+    check_memory(plan, available, where)
 
 
 def load_reward_model(settings):
@@ -178,62 +182,27 @@ def load_data(settings):
     """Posts with references to train on, and held out to judge on; comparisons to train on, and
     held out; no post on both sides. In the tiny world the comparisons are still posts here."""
     if not settings.posts:
-        n_compared = settings.toy_comparisons
-        sizes = settings.toy_held_out, n_compared // 8, n_compared, settings.toy_posts
-        posts = iter(toy.make_posts(sum(sizes), settings.seed))
-        held_out, compared_held_out, compared, posts = (list(islice(posts, n)) for n in sizes)
-        return posts, held_out, compared, compared_held_out
-    posts, held_out = load_both_splits(load_posts, settings.posts, settings.seed)
-    compared, compared_held_out = load_both_splits(load_comparisons, settings.comparisons,
-                                                   settings.seed)
-    seen = held_out + [row["post"] for row in compared_held_out]
-    n_posts, n_compared = len(posts), len(compared)
-    posts, compared = without_posts_of(posts, seen), without_posts_of(compared, seen)
-    print(f"data: {len(posts)} posts, {len(compared)} comparisons; held out: {len(held_out)} posts,"
-          f" {len(compared_held_out)} comparisons; left out as their post is held out: "
-          f"{n_posts - len(posts)} posts, {n_compared - len(compared)} comparisons")
-    if not posts or not compared:
-        raise DataError(f"{settings.comparisons}, {settings.posts}: expected posts and comparisons "
-                        "whose post is not held out, got none to train on: add some")
-    if settings.fast_dev_run:
-        return posts[:64], held_out[:16], compared[:64], compared_held_out[:16]
+        return toy.make_data(settings)
     # 2,000 pairs tell an accuracy to +- .02; the hub's validation part has 83,802
-    step = max(1, len(compared_held_out) // 2000)
-    most = settings.max_posts or None
-    return posts[:most], held_out, compared[:most], compared_held_out[::step][:2000]
+    most, measured = (64, 16) if settings.fast_dev_run else (settings.max_posts or None, 2000)
+    return load_task(settings.posts, settings.comparisons, settings.seed, most, measured)
 
 
-def check_all_titles(settings, data, tokenizer):
-    """DataError for a post that has no room for its cue, now and not when its stage begins."""
-    posts, held_out, compared, compared_held_out = data
-    compared = [row["post"] for row in compared + compared_held_out]
-    for source, rows in (settings.posts, posts + held_out), (settings.comparisons, compared):
-        check_titles(rows, source, tokenizer, settings.query_length, settings.prompt_newlines)
+def check_fit(settings, data, tokenizer):
+    """What would else be found when its stage begins, after hours: a post whose title has no room
+    for its cue, and a reward model that reads other token ids."""
+    if settings.posts:
+        posts, held_out, compared, compared_held_out = data
+        for source, rows in ((settings.posts, posts + held_out),
+                             (settings.comparisons, compared + compared_held_out)):
+            check_titles(rows, source, tokenizer, settings.query_length, settings.prompt_newlines)
+    given = settings.reward_model
+    if given and load_tokenizer(given).get_vocab() != tokenizer.get_vocab():
+        raise SettingError(f"--reward_model {given}: it was trained with another tokenizer than "
+                           "the SFT model; pass one that fits")
 
 
-# ---------------------------------------------------------------------------- text <-> token ids
-
-
-def encode(posts, summaries, tokenizer, settings):
-    """Posts and summaries as token ids: queries and responses."""
-    return (encode_prompts(posts, tokenizer, settings.query_length, settings.prompt_newlines),
-            [encode_response(text, tokenizer, settings.summary_length) for text in summaries])
-
-
-def encode_pairs(comparisons, tokenizer, settings):
-    """Comparisons -> [(query, chosen, rejected)] as token ids; pairs that are equal once cut to
-    summary_length are left out and counted. Returns the rows that were kept, too."""
-    queries, chosen = encode([row["post"] for row in comparisons],
-                             [row["chosen"] for row in comparisons], tokenizer, settings)
-    _, rejected = encode([], [row["rejected"] for row in comparisons], tokenizer, settings)
-    kept = [i for i in range(len(comparisons)) if chosen[i] != rejected[i]]
-    if len(kept) < len(comparisons):
-        print(f"comparisons: left out {len(comparisons) - len(kept)} of {len(comparisons)}, whose "
-              f"summaries are identical in their first {settings.summary_length} tokens")
-    if not kept:
-        raise DataError(f"{settings.comparisons or 'tiny world'}: no comparison left to train or "
-                        "measure on; add some, or raise summary_length")
-    return [(queries[i], chosen[i], rejected[i]) for i in kept], [comparisons[i] for i in kept]
+# ---------------------------------------------------------------------------- text in, text out
 
 
 def score(tokenizer, settings, reward_model, posts, summaries):
@@ -255,58 +224,44 @@ def write(tokenizer, settings, model, posts, temperature=0.0, *stream):
 # ---------------------------------------------------------------------------- the stages
 
 
-def supervised_baseline(run, settings, posts, given):
-    """Tokenizer and pi_SFT, given or trained on (post, reference) pairs (3.4, sft.py)."""
-    rank, trained = settings.lora_rank, not settings.sft_model
-    tokenizer, model = given or make_tiny_model(posts, settings, run.device)
-    if rank and settings.base_model:
-        model = add_adapter(model, rank, settings.seed)
-    if trained:
+def supervised_baseline(run, settings, queries, references, tokenizer, model):
+    """pi_SFT, trained on (post, reference) pairs (3.4, sft.py), unless it is given."""
+    if settings.lora_rank and settings.base_model:
+        model = add_adapter(model, settings.lora_rank, settings.seed)
+    if not settings.sft_model:
         if settings.checkpoint_activations:
             checkpoint_activations(model)
-        references = [post["summary"] for post in posts]
-        train_sft(run, model, *encode(posts, references, tokenizer, settings),
-                  tokenizer.pad_token_id, settings)
-        print(f"sft: {len(posts)} posts, last loss {run.history('sft')[-1]['loss']:.3f} nats per "
+        train_sft(run, model, queries, references, tokenizer.pad_token_id, settings)
+        print(f"sft: {len(queries)} posts, last loss {run.history('sft')[-1]['loss']:.3f} nats per "
               "token")
-        if settings.posts and not given:
+        if settings.posts and not settings.base_model:
             print("sft: a tiny model that has seen so few posts can't write good summaries; this "
                   "shows that your rows go through, not what the method reaches")
     run.save_model("sft", model, tokenizer)
     # what is trained from here on is an adapter; a tiny model from scratch had to learn first
-    if rank and not settings.base_model:
-        model = add_adapter(model, rank, settings.seed)
-    return tokenizer, model
+    if settings.lora_rank and not settings.base_model:
+        model = add_adapter(model, settings.lora_rank, settings.seed)
+    return model
 
 
-def make_tiny_model(posts, settings, device):
-    """A tokenizer trained on the posts and a tiny transformer from scratch."""
-    texts = [f"r/{p['subreddit']} {p['title']} {p['post']} {p['summary']}" for p in posts[:5000]]
-    frame = "SUBREDDIT: r/\n\nTITLE: \n\nPOST: \n\nTL;DR:"
-    tokenizer = toy.make_tokenizer([f" {text}\n{text}" for text in texts] + [frame] * 10)
-    torch.manual_seed(settings.seed)
-    return tokenizer, toy.make_model(tokenizer, settings.toy_width, settings.toy_layers,
-                                     settings.toy_heads).to(device)
-
-
-def collect_comparisons(run, settings, compared, held_out, tokenizer, sft):
+def collect_comparisons(run, settings, compared, held_out, tokenizer, writes, sft):
     """Step 1. OpenAI's labelers, or the people of your file, have made them before; in the tiny
     world the SFT model writes now and the labeler chooses. Returns pairs of token ids to train on
     and held out, the held-out rows as text, and the first results."""
     results = {"preset": settings.preset, "seed": settings.seed}
     if not settings.posts:
         compared, results["fact_accuracy"] = compare_in_tiny_world(
-            run, settings, compared, "train", tokenizer, sft)
-        held_out, _ = compare_in_tiny_world(run, settings, held_out, "held out", tokenizer, sft)
+            run, settings, compared, "train", writes, sft)
+        held_out, _ = compare_in_tiny_world(run, settings, held_out, "held out", writes, sft)
     pairs, _ = encode_pairs(compared, tokenizer, settings)
     return pairs, *encode_pairs(held_out, tokenizer, settings), results
 
 
-def compare_in_tiny_world(run, settings, posts, name, tokenizer, model):
+def compare_in_tiny_world(run, settings, posts, name, writes, sft):
     """Sample summaries from the SFT model and let the labeler choose (toy.make_comparisons)."""
     with run.timed(f"comparisons, {name}"):
         # two samples of a quarter of the posts, one of another quarter; the rest needs none
-        samples = [write(tokenizer, settings, model, posts[:count], settings.temperature, name, i)
+        samples = [writes(sft, posts[:count], settings.temperature, name, i)
                    for i, count in enumerate((len(posts) // 2, len(posts) // 4))]
         comparisons = toy.make_comparisons(posts, *samples, f"{name} {run.seed}")
     print(f"comparisons, {name}: {len(comparisons)} labelled, {len(posts) - len(comparisons)} left "
@@ -314,14 +269,9 @@ def compare_in_tiny_world(run, settings, posts, name, tokenizer, model):
     return comparisons, toy.fact_accuracy(posts, samples[0])
 
 
-def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
+def make_reward_model(run, settings, pairs, queries, references, tokenizer, sft, given):
     """Step 2: the reward model, given or trained; references score 0 on average (reward.py)."""
     if given:
-        own = from_hub(AutoTokenizer.from_pretrained, settings.reward_model,
-                       trust_remote_code=False)
-        if own.get_vocab() != tokenizer.get_vocab():
-            raise SettingError(f"--reward_model {settings.reward_model}: it was trained with "
-                               "another tokenizer than the SFT model; pass one that fits")
         reward_model = given.to(run.device)
         if settings.lora_rank:  # its weights are others than pi_SFT's
             reward_model.trunk = add_adapter(reward_model.trunk.to(sft.dtype), settings.lora_rank,
@@ -332,50 +282,19 @@ def make_reward_model(run, settings, posts, pairs, tokenizer, sft, given):
         if settings.checkpoint_activations:
             checkpoint_activations(reward_model.trunk)
         train_reward(run, reward_model, pairs, tokenizer.pad_token_id, settings)
-        posts = posts[:1000]  # the mean is sharp enough by then
-        references = [post["summary"] for post in posts]
-        normalize(reward_model, *encode(posts, references, tokenizer, settings),
+        normalize(reward_model, queries[:1000], references[:1000],  # their mean is sharp enough
                   tokenizer.pad_token_id, settings.rollout_batch_size or 256)
     run.save_model("reward_model", reward_model, tokenizer)
     return reward_model
 
 
-def make_ask(run, settings, judge, tokenizer, reward_model):
-    """ask(posts, ours, theirs): the judge's win rate of ours, and the outcomes (judge.judged)."""
-    if settings.judge == "reward_model":
-        judge = reward_model_judge(partial(score, tokenizer, settings, reward_model))
-    return partial(judged, run, judge, settings.judge or "labeler")
-
-
-def evaluate_reward_model(run, settings, pairs, held_out, rows, tokenizer, reward_model, ask):
-    """How often the reward model, and the judge, agree with held-out labels (4.3, judge.py)."""
-    results = measure_reward_model(reward_model, pairs, held_out, rows, tokenizer,
-                                   settings.rollout_batch_size or 256)
-    accuracy = results["reward_accuracy"]
-    print(f"reward model: accuracy {accuracy:.3f} on {len(rows)} held-out comparisons, "
-          f"pick-the-longer {results['reward_accuracy_longest_wins']:.3f}")
-    if wilson_interval(accuracy, len(rows))[0] <= 0.5:
-        run.warn("reward", f"the reward model is no better than chance, {accuracy:.3f} on "
-                 f"{len(rows)} held-out comparisons (the 95 % interval reaches 0.5): what PPO "
-                 "makes of it means nothing; train it on more or cleaner comparisons")
-    some = rows[:: max(1, len(rows) // settings.judge_posts)]
-    return results | judge_the_judge(ask, some)
-
-
-def write_sft_texts(settings, held_out, tokenizer, sft, reward_model):
-    """Greedy summaries of the held-out posts, and best-of-n as a policy of its own (G.3)."""
-    posts = held_out[: settings.judge_posts]
-    writes = partial(write, tokenizer, settings)
-    best = best_of_n(writes, partial(score, tokenizer, settings, reward_model), sft,
-                     posts[: settings.judge_during], settings.best_of_n)
-    return writes(sft, posts), best
-
-
-def optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model, ask, sft_texts):
+def optimize_policy(run, settings, queries, few, tokenizer, sft, reward_model, ask, sft_texts):
     """Step 3: PPO turns the SFT model into the policy (3.4, ppo.py)."""
-    few = held_out[: min(settings.judge_during, settings.judge_posts)]
-    evaluate = partial(judge_policy, run, settings, ask, few, tokenizer, sft, sft_texts)
-    queries, _ = encode(posts, [], tokenizer, settings)
+    def evaluate(update):
+        """The periodic win rate: every judge_every updates, on a few held-out posts."""
+        if settings.judge_every and update % settings.judge_every == 0:
+            judge_during(run, update, ask, few, write(tokenizer, settings, sft, few), sft_texts)
+
     critic = train_ppo(run, sft, reward_model, queries, tokenizer, settings, evaluate)
     run.save_model("policy", sft, tokenizer)
     run.save_model("critic", critic, tokenizer)
@@ -385,43 +304,29 @@ def optimize_policy(run, settings, posts, held_out, tokenizer, sft, reward_model
     return sft  # the same object, trained
 
 
-def judge_policy(run, settings, ask, posts, tokenizer, policy, sft_texts, update):
-    """The periodic win rate: every judge_every updates, on a few held-out posts."""
-    if settings.judge_every and update % settings.judge_every == 0:
-        texts = write(tokenizer, settings, policy, posts)
-        judge_during(run, update, ask, posts, texts, sft_texts)
-
-
-def judge_summaries(run, settings, held_out, tokenizer, policy, reward_model, ask, sft_texts,
-                    best_texts, results):
+def judge_summaries(run, settings, posts, sft_texts, best_texts, texts, reward_of, ask, results):
     """Judge the summaries of held-out posts (4.1, judge.py); save, report, return the results."""
-    posts = held_out[: settings.judge_posts]
-    texts = write(tokenizer, settings, policy, posts)
-    rewards_of = partial(score, tokenizer, settings, reward_model)
     with run.timed("judge"):
         rates, outcomes = compare_summaries(ask, posts, sft_texts, texts, best_texts)
         results |= rates | {"best_of_n_kl": best_of_n_kl(settings.best_of_n)}
         if "facts" in posts[0]:  # the tiny world
-            ideal, swapped = (torch.tensor(rewards_of(posts, side))
+            ideal, swapped = (torch.tensor(reward_of(posts, side))
                               for side in toy.swapped_fact_pairs(posts, run.seed))
             results["reward_accuracy_swapped_fact"] = preference_accuracy(ideal, swapped)
-        rewards_sft, rewards_ppo = rewards_of(posts, sft_texts), rewards_of(posts, texts)
-    references = [post["summary"] for post in posts]
+        rewards_sft, rewards_ppo = reward_of(posts, sft_texts), reward_of(posts, texts)
     results |= {"kl_per_summary": run.history("ppo")[-1]["kl_per_summary"],
                 "reward_sft": mean(rewards_sft), "reward_ppo": mean(rewards_ppo),
-                "mean_length_sft": mean_words(sft_texts),
-                "mean_length_ppo": mean_words(texts),
-                "mean_length_reference": mean_words(references),
+                "mean_length_sft": mean_words(sft_texts), "mean_length_ppo": mean_words(texts),
+                "mean_length_reference": mean_words([post["summary"] for post in posts]),
                 "warnings": list(run.warnings.values()), "seconds": run.total_seconds(),
                 "peak_memory_bytes": peak_memory_bytes()}
     samples = []
     for i, post in enumerate(posts):
         samples.append({"post": {key: post[key] for key in ("subreddit", "title", "post")},
-                        "reference": references[i], "sft": sft_texts[i], "ppo": texts[i],
+                        "reference": post["summary"], "sft": sft_texts[i], "ppo": texts[i],
                         "reward_sft": rewards_sft[i], "reward_ppo": rewards_ppo[i],
                         "ppo_vs_reference": outcomes["ppo_vs_reference"][i],
-                        "ppo_vs_sft": outcomes["ppo_vs_sft"][i],
-                        "judge": rates["ppo_vs_sft"]["judge"]})
+                        "ppo_vs_sft": outcomes["ppo_vs_sft"][i], "judge": settings.judge})
     run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
     if rank() == 0:
         run.write("results.json", results)  # before anything is drawn or printed, which may fail
@@ -442,10 +347,8 @@ def summarize(settings):
     """--summarize FILE: the summaries of one post by the SFT model and the policy of a finished
     run, with their rewards."""
     folder = Path(settings.output_dir or "")
-    for name in ("sft", "policy", "reward_model"):  # what is missing would be asked of the hub
-        if not settings.output_dir or not (folder / name / "config.json").is_file():
-            raise SettingError(f"--summarize needs --output_dir with a finished run, got {folder} "
-                               f"and no model in {folder / name}")
+    if not is_finished(folder):
+        raise SettingError(f"--summarize needs --output_dir with a finished run, got {folder}")
     try:
         text = read_text(Path(settings.summarize)).strip()
     except (OSError, ValueError) as error:
@@ -453,18 +356,14 @@ def summarize(settings):
                            f"({error})") from None
     if not text:
         raise SettingError(f"--summarize {settings.summarize}: expected a post, found no text")
-    device = pick_device(settings.device)
-    try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # torn, or never written
-        saved = None
-    needed = ("query_length", "prompt_newlines", "summary_length", "response_length",
-              "rollout_batch_size")
-    if not isinstance(saved, dict) or not all(type(saved.get(key)) is int for key in needed):
-        raise SettingError(f"--output_dir {folder}: expected the settings of a run in config.json, "
-                           "found none or not all; run it again, or choose another folder")
-    vars(settings).update(saved)
+    for name in ("query_length", "prompt_newlines", "summary_length", "response_length"):
+        value = recorded(folder, name)
+        if type(value) is not int:
+            raise SettingError(f"--output_dir {folder}: expected the settings of a run in "
+                               f"config.json, found no {name}; run it again, or choose another")
+        setattr(settings, name, value)
     check_ranges(settings)
+    device = pick_device(settings.device)
     reward_model = from_hub(RewardModel.from_pretrained, folder / "reward_model").to(device)
     posts = [{"post": text}]
     for name in ("sft", "policy"):

@@ -29,6 +29,7 @@ import random
 
 from engine.rows import DataError, checked_rows, expect, find_row, get_text, rows_of
 from engine.texts import front_ids, text_ids
+from lm import encode_response
 
 # ---------------------------------------------------------------------------- the prompt, App. B.2
 
@@ -116,12 +117,13 @@ def encode_prompts(posts, tokenizer, query_length, newlines=2):
             for post, ids in zip(posts, rows)]
 
 
-def check_titles(posts, source, tokenizer, query_length, newlines=2):
+def check_titles(rows, source, tokenizer, query_length, newlines=2):
     """Raise DataError, with its row, for a post of source whose title leaves no room for a cue.
 
     For before any work: the prompts of a stage are encoded when it begins, and that may be hours
     after the start.
     """
+    posts = map(post_of, rows)
     for post in {(post["subreddit"], post["title"]): post for post in posts}.values():
         empty = {**post, "post": ""}
         # A token stands for at least a byte of the text: hardly any title is asked about.
@@ -130,6 +132,28 @@ def check_titles(posts, source, tokenizer, query_length, newlines=2):
                 encode_prompt(empty, tokenizer, query_length, "\n" * newlines)
             except DataError as error:
                 raise DataError(f"{source}: {find_row(source, post['title'])}, {error}") from None
+
+
+def encode(posts, summaries, tokenizer, settings):
+    """Posts and summaries as token ids: queries and responses."""
+    return (encode_prompts(posts, tokenizer, settings.query_length, settings.prompt_newlines),
+            [encode_response(text, tokenizer, settings.summary_length) for text in summaries])
+
+
+def encode_pairs(comparisons, tokenizer, settings):
+    """Comparisons -> [(query, chosen, rejected)] as token ids; pairs that are equal once cut to
+    summary_length are left out and counted. Returns the rows that were kept, too."""
+    queries, chosen = encode([row["post"] for row in comparisons],
+                             [row["chosen"] for row in comparisons], tokenizer, settings)
+    _, rejected = encode([], [row["rejected"] for row in comparisons], tokenizer, settings)
+    kept = [i for i in range(len(comparisons)) if chosen[i] != rejected[i]]
+    if len(kept) < len(comparisons):
+        print(f"comparisons: left out {len(comparisons) - len(kept)} of {len(comparisons)}, whose "
+              f"summaries are identical in their first {settings.summary_length} tokens")
+    if not kept:
+        raise DataError(f"{settings.comparisons or 'tiny world'}: no comparison left to train or "
+                        "measure on; add some, or raise summary_length")
+    return [(queries[i], chosen[i], rejected[i]) for i in kept], [comparisons[i] for i in kept]
 
 
 # ---------------------------------------------------------------------------- one row
@@ -213,9 +237,14 @@ def load_comparisons(source, split="train", limit=None):
 # ---------------------------------------------------------------------------- train and validation
 
 
+def post_of(row):
+    """The post of a comparison, many of which may share one; else the row is the post itself."""
+    return row["post"] if isinstance(row["post"], dict) else row
+
+
 def post_text(row):
-    """What makes two rows the same post: many comparisons share one, even with opposite labels."""
-    return (row["post"]["post"] if isinstance(row["post"], dict) else row["post"]).strip()
+    """What makes two rows the same post."""
+    return post_of(row)["post"].strip()
 
 
 def divide_by_post(rows, validation_share=0.1, seed=0, source="rows"):
@@ -250,6 +279,27 @@ def without_posts_of(rows, others):
     """The rows whose post does not occur in others, where a source names its own splits."""
     seen = {post_text(row) for row in others}
     return [row for row in rows if post_text(row) not in seen]
+
+
+def load_task(posts_source, comparisons_source, seed, most=None, measured=2000):
+    """What a run reads: (posts, held out, comparisons, held out). Of posts and of comparisons to
+    train on it takes the first `most`, and among the held-out comparisons `measured`.
+
+    No post that is held out, on either side, is trained on, on either side.
+    """
+    posts, held_out = load_both_splits(load_posts, posts_source, seed)
+    compared, compared_held_out = load_both_splits(load_comparisons, comparisons_source, seed)
+    seen = held_out + compared_held_out
+    n_posts, n_compared = len(posts), len(compared)
+    posts, compared = without_posts_of(posts, seen), without_posts_of(compared, seen)
+    print(f"data: {len(posts)} posts, {len(compared)} comparisons; held out: {len(held_out)} posts,"
+          f" {len(compared_held_out)} comparisons; left out as their post is held out: "
+          f"{n_posts - len(posts)} posts, {n_compared - len(compared)} comparisons")
+    if not posts or not compared:
+        raise DataError(f"{comparisons_source}, {posts_source}: expected posts and comparisons "
+                        "whose post is not held out, got none to train on: add some")
+    step = max(1, len(compared_held_out) // measured)
+    return posts[:most], held_out, compared[:most], compared_held_out[::step][:measured]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ five, and nobody disagrees about what a good summary is: the labelers only slip.
 import math
 import random
 import re
+from itertools import islice
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, trainers
@@ -108,6 +109,16 @@ def make_posts(n, seed):
     return list(posts.values())
 
 
+def make_data(settings):
+    """What tldr.load_task reads, (posts, held out, comparisons, held out), but the comparisons are
+    still posts: the SFT model writes summaries of them first."""
+    n_compared = settings.toy_comparisons
+    sizes = settings.toy_held_out, n_compared // 8, n_compared, settings.toy_posts
+    rows = iter(make_posts(sum(sizes), settings.seed))
+    held_out, compared_held_out, compared, posts = (list(islice(rows, n)) for n in sizes)
+    return posts, held_out, compared, compared_held_out
+
+
 def ideal_summary(post):
     """All five facts, in order, and nothing else: the ceiling of true_quality."""
     return " ".join(clause.format(**post["facts"]) for clause in CLAUSES.values())
@@ -183,8 +194,7 @@ def read_summary(summary):
     for sentence in re.findall(r"[^.?!]*[.?!]|[^.?!]+$", summary):
         read = (None, sentence.strip())
         for name, pattern in PATTERNS.items():
-            match = pattern.fullmatch(sentence.strip())
-            if match:
+            if match := pattern.fullmatch(sentence.strip()):
                 read = (name, match.groupdict())
         sentences.append(read)
     return sentences
@@ -327,3 +337,13 @@ def make_model(tokenizer, width=64, layers=2, heads=4):
             layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
             layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
     return model.eval()
+
+
+def make_start(posts, settings, device):
+    """What a run starts from: a tokenizer that is trained on the posts, and a model from scratch."""
+    texts = ["r/{subreddit} {title} {post} {summary}".format(**post) for post in posts[:5000]]
+    frame = "SUBREDDIT: r/\n\nTITLE: \n\nPOST: \n\nTL;DR:"
+    tokenizer = make_tokenizer([f" {text}\n{text}" for text in texts] + [frame] * 10)
+    torch.manual_seed(settings.seed)
+    return tokenizer, make_model(tokenizer, settings.toy_width, settings.toy_layers,
+                                 settings.toy_heads).to(device)

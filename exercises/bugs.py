@@ -51,8 +51,8 @@ BUGS = [
         "divide_by_post|no post on both sides", "accuracy is too good to be true: the posts are "
         "known from training", "3.2: held-out posts"),
     Bug("white space makes two posts of one", "tldr.py",
-        'if isinstance(row["post"], dict) else row["post"]).strip()',
-        'if isinstance(row["post"], dict) else row["post"])', "divide_by_post|no post on both",
+        'return post_of(row)["post"].strip()', 'return post_of(row)["post"]',
+        "divide_by_post|no post on both",
         "some held-out posts were trained on", "3.2"),
     # ------------------------------------------------------------------------ the tiny world
     Bug("the labeler prefers what is worse", "toy.py",

@@ -199,7 +199,8 @@ def refused(tmp_path, monkeypatch):
     def work(*args, **settings):
         raise AssertionError("work has started")
 
-    for name in ("Run", "make_tiny_model", "train_sft", "train_reward", "train_ppo"):
+    monkeypatch.setattr(toy, "make_start", work)
+    for name in ("Run", "train_sft", "train_reward", "train_ppo"):
         monkeypatch.setattr(rlhf_minimal, name, work)
 
     def refused(posts, comparisons):
@@ -341,7 +342,10 @@ def finished(tmp_path_factory):
     for name in ("sft", "policy"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    RewardModel(model).save_pretrained(folder / "reward_model")
+    for name in ("reward_model", "critic"):
+        RewardModel(model).save_pretrained(folder / name)
+    for name in ("results.json", "report.md"):
+        (folder / name).write_text("{}")
     settings = vars(rlhf_minimal.parse_settings(["--response_length", "4"]))
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
@@ -387,15 +391,20 @@ def test_a_file_without_a_post(summarize, content, said):
 
 @pytest.mark.parametrize("name", ["sft", "policy", "reward_model"])
 @pytest.mark.parametrize("change, said", [
-    (shutil.rmtree, "needs --output_dir with a finished run, got "),
-    (lambda folder: (folder / "config.json").unlink(), "no model in "),
+    (shutil.rmtree, "/ was damaged since, "),
+    (lambda folder: (folder / "config.json").unlink(), ": not readable, "),
     (lambda folder: (folder / "config.json").write_text(""), ": not readable, "),
-    (lambda folder: (folder / "model.safetensors").unlink(), ": not readable, "),
-    (lambda folder: (folder / "model.safetensors").write_bytes(b"1"), ": not readable, "),
+    (lambda folder: (folder / "model.safetensors").unlink(), "/ was damaged since, "),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"1"), "/ was damaged since, "),
 ], ids=["missing", "no config", "empty config", "no weights", "cut weights"])
 def test_a_run_with_a_damaged_model(summarize, name, change, said, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or it would be asked
     assert said in summarize(change=lambda folder: change(folder / name))
+
+
+def test_a_run_that_is_not_finished(summarize):
+    said = summarize(change=lambda folder: (folder / "results.json").unlink())
+    assert "needs --output_dir with a finished run, got " in said
 
 
 @pytest.mark.parametrize("config, said", [

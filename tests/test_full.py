@@ -598,9 +598,11 @@ def test_a_reward_model_with_adapters(name, hub, tmp_path):
     some = settings(lora_rank=2, checkpoint_activations=True, reward_lr=1e-2, reward_batch_size=4,
                     reward_model=None)
     posts = [{"post": post_of(i), "summary": "dog " * i} for i in range(1, 6)]
+    references = [post["summary"] for post in posts]
     pairs = [([5, 6, 7], [8, i + 9, 0], [7, 0]) for i in range(16)]
-    trained = rlhf_minimal.make_reward_model(new_run(tmp_path / "run"), some, posts, pairs,
-                                             tokenizer, sft, None)
+    trained = rlhf_minimal.make_reward_model(
+        new_run(tmp_path / "run"), some, pairs,
+        *rlhf_minimal.encode(posts, references, tokenizer, some), tokenizer, sft, None)
     assert all(torch.equal(before[key], value) for key, value in sft.merged().items()), "SFT moved"
     merged, plain = trained.trunk.merged(), sft.base_model.merged()
     assert merged.keys() == plain.keys()
@@ -610,8 +612,7 @@ def test_a_reward_model_with_adapters(name, hub, tmp_path):
     with torch.no_grad():
         chosen, rejected = (trained.score(ids, torch.ones_like(ids)) for ids in sides)
     assert (chosen > rejected).all()
-    rewards = rlhf_minimal.score(tokenizer, some, trained, posts,
-                                 [post["summary"] for post in posts])
+    rewards = rlhf_minimal.score(tokenizer, some, trained, posts, references)
     assert abs(sum(rewards) / 5) < 1e-5 < abs(trained.reference_mean)
     loaded = RewardModel.from_pretrained(tmp_path / "run" / "reward_model")
     with torch.no_grad():

@@ -759,13 +759,10 @@ def test_a_model_that_must_think_is_refused():
 
 def test_load_judge_by_name():
     assert load_judge("longest")(["p"] * 2, ["aaa", "a b"], ["bb", "abcd"]) == ["A", "B"]
-    scored = load_judge("reward_model", lambda posts, summaries: [-len(s) for s in summaries])
-    assert scored(["p"], ["aaa"], ["bb"]) == ["B"]
-    with pytest.raises(ValueError, match="score"):
-        load_judge("reward_model")
-    for name in ("labeler", None):
-        with pytest.raises(ValueError, match="tiny world"):
-            load_judge(name)
+    posts = toy.make_posts(2, 0)
+    ideals, references = [toy.ideal_summary(post) for post in posts], [p["summary"] for p in posts]
+    assert load_judge("labeler")(posts, ideals, references) == ["A", "A"]
+    assert load_judge("labeler")(posts, references, ideals) == ["B", "B"]
 
 
 def test_load_judge_from_a_folder(chat, tmp_path, monkeypatch):
@@ -929,7 +926,7 @@ def test_settings():
     parser = HfArgumentParser(JudgeConfig)
     config, = parser.parse_args_into_dataclasses([])
     assert dataclasses.asdict(config) == {
-        "judge": None, "judge_posts": 500, "judge_every": 10, "judge_during": 100, "best_of_n": 16}
+        "judge": "labeler", "judge_posts": 500, "judge_every": 10, "judge_during": 100, "best_of_n": 16}
     config, = parser.parse_args_into_dataclasses(["--judge", "longest", "--judge_every", "0"])
     assert (config.judge, config.judge_every) == ("longest", 0)
     for field in dataclasses.fields(JudgeConfig):
