@@ -97,7 +97,7 @@ def healthy_bands(results):
     """{name of a metric: [(update, lowest, highest), ...]} of ten default runs, from the atlas of
     symptoms; nothing for a run that is not of the tiny world."""
     path = Path(__file__).parent.parent / "figures" / "symptoms.json"
-    if results["preset"] != "tiny" or "ideal_vs_reference" not in results or not path.exists():
+    if results.get("preset") != "tiny" or "ideal_vs_reference" not in results or not path.exists():
         return {}
     return json.loads(path.read_text(encoding="utf-8"))["healthy"]
 

@@ -374,7 +374,7 @@ def prepared(tmp_path, monkeypatch):
                 "updating": 10 if settings.checkpoint_activations else 20}
 
     for name, function in {"start_processes": lambda *_: "cpu", "causal_config": lambda _: None,
-                           "memory_plan": plan, "check_all_titles": lambda *_: None,
+                           "memory_plan": plan, "check_fit": lambda *_: None,
                            "go_offline_unless_reachable": lambda: None,
                            "load_data": lambda _: ([], [], [], []),
                            "load_for_training": lambda *_: (None, None, torch.float32)}.items():
