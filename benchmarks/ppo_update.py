@@ -64,7 +64,7 @@ def switch_off(saving, work, ends):
         ends.never = True
         rows = sample(*args, **settings)
         for row, n in zip(rows, ends.current.tolist()):
-            row[n - 1 : n], row[n:] = settings["eos_token_id"], settings["pad_token_id"]
+            row[n - 1 : n], row[n:] = settings["eos_token_id"][0], settings["pad_token_id"]
         return rows
 
     def forward_all(self, *args, logits_to_keep=0, **kwargs):

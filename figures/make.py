@@ -313,7 +313,8 @@ def what_came_after(world):
     """Not in the paper: RLOO and DPO (contrast.py) beside it, from the same SFT model, comparisons
     and, but for DPO, reward model; greedy summaries, best of 16 as in win_rates."""
     posts, model, pad_id = world.held_out, world.reward_model(64), world.tokenizer.pad_token_id
-    (_, pairs), dpo, rloo = world.comparisons(), *copy.deepcopy([world.sft(64)] * 2)
+    _, pairs = world.comparisons()
+    dpo, rloo = copy.deepcopy(world.sft(64)), copy.deepcopy(world.sft(64))
     # rate and batch: the better of 1e-4, 3e-4 and 1e-3 with batches of 32 on seed 0
     train_dpo(Run(world.seed), dpo, pairs[HELD_OUT:][: world.sizes[-1]], pad_id, 3e-4, 32)
     train_rloo(Run(world.seed), rloo, model, world.encode(world.posts, [])[0], world.tokenizer,

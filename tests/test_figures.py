@@ -264,3 +264,11 @@ def test_best_of_n_the_prediction_grows_and_only_the_labelers_pick_keeps_up(quic
     best = by_seeds(quick, "best-of-n", "n", "true", line="labeler")
     for line in (weak, "ROUGE-L", "longest"):
         assert by_seeds(quick, "best-of-n", "n", "true", line=line)[256] < best[256]
+
+
+@pytest.mark.slow
+def test_what_came_after_beats_imitation_each_in_its_own_way(quick):
+    preferred = {line: by_seeds(quick, "contrast", "line", "preferred", line=line)[line]
+                 for line in ("SFT", "best of 16", "PPO", "RLOO", "DPO")}
+    assert preferred.pop("SFT") < 0.5 and min(preferred.values()) > 0.6
+    assert len(set(preferred.values())) == 4, "two that are the same are one model"

@@ -45,6 +45,7 @@ def test_the_committed_points_are_all_there():
     assert (symptoms.HERE / "symptoms.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn(tmp_path):
     told = json.loads((symptoms.HERE / "symptoms.json").read_text(encoding="utf-8"))
     symptoms.draw(tmp_path / "atlas.png", told["healthy"], told["runs"])
