@@ -5,8 +5,9 @@
 --healthy: what `python benchmarks/seeds.py --output_dir runs/seeds` leaves. The grey band of a panel
 is where those runs are, from the lowest to the highest. Each bug is one of exercises/bugs.py,
 planted in a copy of the project, which then runs with three of those seeds, from their SFT model
-and, where the bug comes after it, their reward model. symptoms.json has all points; report.md of a
-run draws the band behind its own curves.
+and, where the bug comes after it, their reward model. All points go to symptoms.json; report.md of a run
+draws the band behind its own curves. --seeds with no seed after it makes the band alone, in a
+second; the 24 runs take about half an hour on two cores.
 """
 
 import argparse
@@ -35,17 +36,16 @@ CURVES = {  # stage and name of a number in metrics.jsonl -> what stands above i
     ("judge", "true_quality"): "true quality", ("judge", "vs_reference_win_rate"): "win rate"}
 HIGHEST = {"kl_per_summary": 40, "length": 50, "value_loss": 10, "policy_clip_fraction": 0.7}
 
-# Name of the bug in exercises/bugs.py, settings of its runs, from the healthy reward model?, and
-# what to see in its curves
+# Name of the bug in exercises/bugs.py, settings of its runs, from the healthy reward model?
 SICK = (
-    ("the sign of the KL", [], True, ""),
-    ("the score is paid at every token", [], True, ""),
-    ("EOS is not an action", [], True, ""),
-    ("lambda is ignored", [], True, ""),
-    ("the reference is the policy itself", [], True, ""),
-    ("nothing is clipped", ["--ppo_lr", "1e-3"], True, ""),
-    ("the preference loss has chosen and rejected swapped", [], False, ""),
-    ("the labeler likes long summaries", [], False, ""),
+    ("the sign of the KL", [], True),
+    ("the score is paid at every token", [], True),
+    ("EOS is not an action", [], True),
+    ("lambda is ignored", [], True),
+    ("the reference is the policy itself", [], True),
+    ("nothing is clipped", ["--ppo_lr", "1e-3"], True),
+    ("the preference loss has chosen and rejected swapped", [], False),
+    ("the labeler likes long summaries", [], False),
 )
 
 
@@ -72,7 +72,7 @@ def band(runs):
 
 def run_sick(healthy, job):
     """The curves of one bug with one seed; those up to where it stopped, if it did."""
-    (name, settings, with_reward_model, _), seed = job
+    (name, settings, with_reward_model), seed = job
     (bug,) = [bug for bug in BUGS if bug.name.removesuffix(" (notebook)") == name]
     given = ["--sft_model", healthy / seed / "sft"]
     if with_reward_model:
@@ -94,9 +94,9 @@ def draw(path, healthy, runs):
     from engine.report import GREY, VERMILION
 
     fig = Figure((2.1 * len(CURVES), 1.9 * len(SICK)), layout="constrained")
-    for i, (row, (name, *_, words)) in enumerate(zip(
-            fig.subplots(len(SICK), len(CURVES), sharex=True, sharey="col"), SICK)):
-        for axis, (_, key) in zip(row, CURVES):
+    rows = fig.subplots(len(SICK), len(CURVES), sharex=True, sharey="col")
+    for i, (row, (name, *_)) in enumerate(zip(rows, SICK)):
+        for axis, ((_, key), title) in zip(row, CURVES.items()):
             axis.fill_between(*zip(*healthy[key]), color=GREY, alpha=0.35, linewidth=0)
             for run in runs:
                 if run["bug"] == name and run["curves"][key]:
@@ -106,9 +106,9 @@ def draw(path, healthy, runs):
             if key in HIGHEST:
                 axis.set_ylim(0, HIGHEST[key])
             if i == 0:
-                axis.set_title(CURVES[_, key], fontsize="small")
-        row[0].annotate(f"{name}: {words}", (0, -0.3), xycoords="axes fraction",
-                        fontsize="small", annotation_clip=False)
+                axis.set_title(title, fontsize="small")
+        row[0].annotate(name, (0, -0.3), xycoords="axes fraction", fontsize="small",
+                        annotation_clip=False)
     fig.suptitle("Curves of PPO with one bug each (three seeds), and where healthy runs are (grey)",
                  fontweight="bold")
     fig.savefig(path, dpi=90)
@@ -117,11 +117,12 @@ def draw(path, healthy, runs):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--healthy", type=Path, required=True, help="folders of default runs")
-    parser.add_argument("--seeds", nargs="+", help="three of them; default: the first three")
+    parser.add_argument("--seeds", nargs="*", help="of the sick runs; default: the first three")
     parser.add_argument("--output_dir", default=HERE, type=Path, help="for PNG and JSON")
     options = parser.parse_args(arguments)
     names = sorted(path.parent.name for path in options.healthy.glob("*/results.json"))
-    jobs = [(sick, seed) for sick in SICK for seed in options.seeds or names[:3]]
+    seeds = names[:3] if options.seeds is None else options.seeds
+    jobs = [(sick, seed) for sick in SICK for seed in seeds]
     healthy = band([curves(options.healthy / name) for name in names])
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         work = pool.imap(partial(run_sick, options.healthy.resolve()), jobs)
@@ -129,7 +130,8 @@ def main(arguments=None):
     options.output_dir.mkdir(parents=True, exist_ok=True)
     (options.output_dir / "symptoms.json").write_text(
         json.dumps({"healthy": healthy, "seeds": names, "runs": runs}) + "\n", encoding="utf-8")
-    draw(options.output_dir / "symptoms.png", healthy, runs)
+    if runs:
+        draw(options.output_dir / "symptoms.png", healthy, runs)
 
 
 if __name__ == "__main__":
