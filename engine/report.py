@@ -134,7 +134,8 @@ def picture(run, results):
     more than a picture, so whatever an optional library does to us must not end the run."""
     try:
         draw_run(run, results)
-        return "![curves.png](curves.png)"
+        grey = "\n\nGrey: where ten default runs were." if healthy_bands(results) else ""
+        return "![curves.png](curves.png)" + grey
     except OSError:  # a full disk, for one, loses the report, too
         raise
     except Exception as error:
