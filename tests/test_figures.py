@@ -272,3 +272,13 @@ def test_what_came_after_beats_imitation_each_in_its_own_way(quick):
                  for line in ("SFT", "best of 16", "PPO", "RLOO", "DPO")}
     assert preferred.pop("SFT") < 0.5 and min(preferred.values()) > 0.6
     assert len(set(preferred.values())) == 4, "two that are the same are one model"
+
+
+def test_the_readmes_numbers_of_what_came_after():
+    rows = json.loads((figures.HERE / "contrast.json").read_text(encoding="utf-8"))
+    readme = (figures.HERE.parent / "README.md").read_text(encoding="utf-8")
+    for line in ("DPO", "PPO", "RLOO", "best of 16"):
+        numbers = [row["preferred"] for row in rows if row["line"] == line]
+        error = statistics.stdev(numbers) / len(numbers) ** 0.5
+        told = f"{line} {statistics.fmean(numbers):.3f} ± {error:.3f}".replace(" 0.", " .")
+        assert len(numbers) == 6 and told in readme
