@@ -204,6 +204,7 @@ def visit(browser, request):
     context.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["index", *TAUGHT])
 def test_a_page_is_laid_out(visit, name):
     page = visit(name)

@@ -770,6 +770,7 @@ def local(hub, folder, **changes):
         text for name, value in names.items() for text in (f"--{name}", str(value)))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag, name, fault", [
     (flag, name, fault) for flag, name in zip(FLAGS, LOADS) for fault in FAULTS
     if flag == "sft_model" or fault in ("gated", "disk full, data")])

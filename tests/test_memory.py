@@ -137,6 +137,7 @@ def test_any_language_model_has_a_plan(name):
     assert peak_of(plan) > plan["weights"] + plan["trained"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "bloom", "phi", "qwen3", "mamba2",
                                   "gemma3"])
@@ -233,6 +234,7 @@ def sizes(seen):
             "frozen": bytes_of(p for p in parameters if id(p) not in trained)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_all_weights_gradients_and_averages_are_what_was_planned(name):
     config = configs()[name]
