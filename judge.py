@@ -265,6 +265,13 @@ def text_around(tokenizer):
     return before, after
 
 
+def tokens_around(tokenizer):
+    """text_around as token ids, before and after; the question ends with a full stop."""
+    before, after = text_around(tokenizer)
+    front = control_ids(tokenizer, [before])[0] if before else front_ids(tokenizer)
+    return front, ids_after(tokenizer, ".", after, control_ids)
+
+
 def answer_tokens(tokenizer):
     """(2, K): the ids of "A" and of "B" in K spellings, as they come right after the question and
     what follows it. ValueError if the tokenizer has none."""
@@ -328,9 +335,7 @@ def language_model_judge(model, tokenizer, batch_size=8, min_probability=0.5, ma
     before it answers.
     """
     answers = answer_tokens(tokenizer)
-    before, after = text_around(tokenizer)
-    before = control_ids(tokenizer, [before])[0] if before else front_ids(tokenizer)
-    after = ids_after(tokenizer, ".", after, control_ids)  # the question ends with a full stop
+    before, after = tokens_around(tokenizer)
     room = (min(max_length, most_positions(model.config), tokenizer.model_max_length)
             - len(before) - len(after))
     if get_prompt(tokenizer, before, after, room, {"post": ""}, "word", "word") is None:
