@@ -17,7 +17,7 @@ from reward import preference_loss
 
 
 def rloo_advantages(rewards, k):
-    """A_i = R_i - mean of the other k - 1 rewards of the same post (RLOO, eq. 4 of Ahmadian et al.).
+    """A_i = R_i - mean of the other k - 1 rewards of the same post (Kool et al. 2019).
 
     rewards: (B k,), R(x, y) of whole summaries, the k of a post one after the other -> (B k,). The
     others' mean is a baseline that does not depend on y_i, so that the gradient's mean stays what
@@ -52,6 +52,8 @@ def summary_log_probs(model, queries, responses, pad_id):
 def train_dpo(run, policy, pairs, pad_id, lr, batch_size, beta=0.1):
     """One pass over the comparisons [(query, chosen, rejected), ...], in place; no sampling."""
     reference = freeze(copy_network(policy, "reference"))
+    # Adam's defaults, the cosine of SFT (B.1) and gradients of norm at most 1, as in ppo.py: so that
+    # it differs from the loop in its loss alone
     adam = torch.optim.Adam(policy.parameters(), lr=lr, fused=True)
     total, batch_size = steps_per_epoch(len(pairs), batch_size, "reward")
     for step in run.steps("dpo", total):

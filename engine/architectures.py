@@ -11,7 +11,7 @@ from engine.batches import pack, unpack
 from engine.devices import full_precision, mixed_precision
 from engine.settings import SettingError
 
-T = 8  # tokens of a summary in a trial
+T = 8  # tokens of a summary in a trial: enough for a cache to lose a row half way
 
 
 def most_positions(config):
@@ -94,6 +94,7 @@ def packed(network, ids, mask, plain):
 @torch.no_grad()
 def holds(trial, network, length):
     """Does a trial come out as it should, up to rounding? An exception is a no."""
+    # Of the norm. Seen, with 24 layers in bfloat16: .016 by rounding, .85 where a window is left
     tolerance = 1e-4 if network.dtype == torch.float32 else 0.05
     try:
         with full_precision(network.device), mixed_precision(network.device.type, network.dtype):
