@@ -269,7 +269,7 @@ def tokens_around(tokenizer):
     """text_around as token ids, before and after; the question ends with a full stop."""
     before, after = text_around(tokenizer)
     front = control_ids(tokenizer, [before])[0] if before else front_ids(tokenizer)
-    return front, ids_after(tokenizer, ".", after, control_ids)
+    return front, *ids_after(tokenizer, ".", [after], control_ids)
 
 
 def answer_tokens(tokenizer):
@@ -278,7 +278,7 @@ def answer_tokens(tokenizer):
     # "A" or " A", depending on the tokenizer and on what stands before. A spelling that takes one
     # token for "A" and two for "B" is left out, since to count the one only would favour A.
     _, after = text_around(tokenizer)
-    pairs = [[ids_after(tokenizer, after, space + letter, control_ids) for letter in "AB"]
+    pairs = [ids_after(tokenizer, after, [space + "A", space + "B"], control_ids)
              for space in ("", " ")]
     # A set, since "A" and " A" are the same token to some tokenizers
     spellings = {(*a, *b) for a, b in pairs

@@ -251,11 +251,11 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
 # ---------------------------------------------------------------------------- text in, text out
 
 
-def encode_response(text, tokenizer, limit):
-    """Summary -> token ids with a leading space and EOS at the end, as in the 2020 code. One longer
-    than `limit` is cut there and has no EOS, as if it had never ended."""
-    ids = ids_after(tokenizer, "TL;DR:", " " + text)  # as it stands behind the prompt (B.2)
-    return (ids + [tokenizer.eos_token_id])[:limit]
+def encode_responses(summaries, tokenizer, limit):
+    """Summaries -> token ids with a leading space and EOS at the end, as in the 2020 code. One that
+    is longer than `limit` is cut there and has no EOS, as if it had never ended."""
+    rows = ids_after(tokenizer, "TL;DR:", [" " + text for text in summaries])  # as in a prompt (B.2)
+    return [(ids + [tokenizer.eos_token_id])[:limit] for ids in rows]
 
 
 def decode_response(ids, tokenizer):

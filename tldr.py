@@ -29,7 +29,7 @@ import random
 
 from engine.rows import DataError, checked_rows, expect, find_row, get_text, rows_of
 from engine.texts import front_ids, text_ids
-from lm import encode_response
+from lm import encode_responses
 
 # ---------------------------------------------------------------------------- the prompt, App. B.2
 
@@ -137,7 +137,7 @@ def check_titles(rows, source, tokenizer, query_length, newlines=2):
 def encode(posts, summaries, tokenizer, settings):
     """Posts and summaries as token ids: queries and responses."""
     return (encode_prompts(posts, tokenizer, settings.query_length, settings.prompt_newlines),
-            [encode_response(text, tokenizer, settings.summary_length) for text in summaries])
+            encode_responses(summaries, tokenizer, settings.summary_length))
 
 
 def encode_pairs(comparisons, tokenizer, settings):

@@ -262,7 +262,7 @@ PENCIL_TESTS = {
     "lm.is_eos": "test_lm.py::test_response_mask_ends_at_the_first_of_several_eos",
     "lm.next_token": "test_lm.py::test_top_p_keeps_no_token_after_the_one_that_reaches_it",
     "lm.sample": "test_lm.py::test_a_padding_id_drawn_before_eos_is_an_ordinary_token",
-    "lm.encode_response": "test_lm.py::test_encode_response",
+    "lm.encode_responses": "test_lm.py::test_encode_responses",
     "lm.decode_response": "test_lm.py::test_decode_response",
     "lm.cosine_schedule": "test_lm.py::test_cosine_schedule",
     "reward.RewardModel.score":

@@ -29,13 +29,16 @@ def text_ids(tokenizer, texts):
     return rows
 
 
-def ids_after(tokenizer, before, text, encode=text_ids):
-    """Token ids of text as it stands right after the text `before`. Alone they can be others:
+def ids_after(tokenizer, before, texts, encode=text_ids):
+    """Token ids of each text as it stands right after the text `before`. Alone they can be others:
     SentencePiece puts a space in front of a text."""
-    start, whole = encode(tokenizer, [before, before + text])
-    if whole[: len(start)] == start:
-        return whole[len(start) :]
-    return encode(tokenizer, [text])[0]  # a token of this tokenizer reaches over the seam
+    start, *rows = encode(tokenizer, [before, *(before + text for text in texts)])
+    for i, text in enumerate(texts):
+        if rows[i][: len(start)] == start:
+            rows[i] = rows[i][len(start) :]
+        else:  # a token of this tokenizer reaches over the seam
+            (rows[i],) = encode(tokenizer, [text])
+    return rows
 
 
 def control_ids(tokenizer, texts):

@@ -27,8 +27,8 @@ BUGS = [
         "cuts_only_the_post|cue", "long posts have no TL;DR: cue, and the model goes on with the "
         "story", "B.2: truncated to the last newline of the post"),
     Bug("typed control tokens end a text", "lm.py",
-        'ids_after(tokenizer, "TL;DR:", " " + text)',
-        'ids_after(tokenizer, "TL;DR:", " " + text, lambda tokenizer, texts: tokenizer(\n'
+        '[" " + text for text in summaries])',
+        '[" " + text for text in summaries], lambda tokenizer, texts: tokenizer(\n'
         '        texts, add_special_tokens=False, verbose=False)["input_ids"])', "typed",
         "a summary that quotes "
         "<|endoftext|> ends there", "B.2"),

@@ -37,7 +37,7 @@ from engine.batches import generator_for
 from engine.report import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, Panel, draw
 from engine.settings import ModelConfig
 from judge import best_of_n, best_of_n_kl, judge_pairwise, length_accuracy, quality_judge
-from lm import decode_response, encode_response, sample_responses
+from lm import decode_response, encode_responses, sample_responses
 from reward import RewardConfig, RewardModel, normalize, preference_accuracy, score_summaries
 from reward import train_reward
 from sft import SFTConfig, train_sft
@@ -105,7 +105,7 @@ class World:
         """Queries and responses as token ids; the references where no summaries are given."""
         texts = [post["summary"] for post in posts] if summaries is None else summaries
         return (encode_prompts(posts, self.tokenizer, 512),
-                [encode_response(text, self.tokenizer, 128) for text in texts])
+                encode_responses(texts, self.tokenizer, 128))
 
     def write(self, model, posts, temperature=0.0, *stream):
         """A summary of each post as text, greedy or drawn from the random stream of that name."""

@@ -354,19 +354,21 @@ def test_the_seam_between_prompt_and_summary():
     tokenizer = sentence_piece()
     whole = text_ids(tokenizer, ["TL;DR: my cat"])[0]
     assert tokenizer.convert_ids_to_tokens(text_ids(tokenizer, [" my cat"])[0])[0] == "▁"
-    assert lm.encode_response("my cat", tokenizer, 9) == whole[-2:] + [2]
+    assert lm.encode_responses(["my cat", "my"], tokenizer, 9) == [whole[-2:] + [2], [whole[-2], 2]]
     assert tokenizer.convert_ids_to_tokens(whole[-2:]) == ["▁my", "▁cat"]
     for each in (byte_level(), byte_level(bos=True)):  # here alone and together are the same
-        assert lm.encode_response("my cat", each, 9) == [*text_ids(each, [" my cat"])[0], 2]
-    assert lm.decode_response(lm.encode_response("my cat", tokenizer, 9), tokenizer) == "my cat"
+        assert lm.encode_responses(["my cat"], each, 9) == [[*text_ids(each, [" my cat"])[0], 2]]
+    (ids,) = lm.encode_responses(["my cat"], tokenizer, 9)
+    assert lm.decode_response(ids, tokenizer) == "my cat"
 
 
 def test_a_token_that_reaches_over_the_seam():
     def pairs(tokenizer, texts):  # two letters at a time
         return [[text[i : i + 2] for i in range(0, len(text), 2)] for text in texts]
 
-    assert ids_after(None, "ab", "cd", pairs) == ["cd"]
-    assert ids_after(None, "abc", "def", pairs) == ["de", "f"]  # "cd" is one token of the whole
+    assert ids_after(None, "ab", ["cd", "e"], pairs) == [["cd"], ["e"]]
+    # "cd" is one token of the whole; the row beside it is none the worse
+    assert ids_after(None, "abc", ["def", ""], pairs) == [["de", "f"], []]
 
 
 @pytest.mark.parametrize("text", ["<think>", "a <think>b</think>", "x <think>> y", "</s> <think></s>"])

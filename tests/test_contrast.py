@@ -10,7 +10,7 @@ import torch
 import contrast
 import ppo
 import toy
-from lm import encode_response, get_position_ids, join
+from lm import encode_responses, get_position_ids, join
 from reward import RewardModel
 from tldr import encode_prompts
 
@@ -82,8 +82,9 @@ class Run:
 def test_dpo_learns_its_comparisons(world):
     posts, tokenizer, model = world
     queries = encode_prompts(posts, tokenizer, 64)
-    pairs = [(query, encode_response(post["summary"], tokenizer, 32),
-              encode_response("nobody knows", tokenizer, 32)) for query, post in zip(queries, posts)]
+    chosen = encode_responses([post["summary"] for post in posts], tokenizer, 32)
+    rejected = encode_responses(["nobody knows"] * len(posts), tokenizer, 32)
+    pairs = list(zip(queries, chosen, rejected))
     policy = copy.deepcopy(model)
     contrast.train_dpo(Run(), policy, pairs * 4, tokenizer.pad_token_id, 1e-3, 8)
     sides = [[pair[i] for pair in pairs] for i in range(3)]

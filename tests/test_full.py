@@ -559,7 +559,7 @@ def test_comparisons_of_the_hub(served, capsys):
 def test_posts_of_the_hub(served, capsys):
     train = load_posts(VWXYZJN)
     assert served == [(VWXYZJN, {})] and len(train) == 33
-    assert train[2]["summary"] == "dog ate"  # encode_response puts the blank back
+    assert train[2]["summary"] == "dog ate"  # encode_responses puts the blank back
     assert "33 of 45 rows used; left out: 12 in another split" in capsys.readouterr().out
     assert [row["title"] for row in load_posts(VWXYZJN, "validation")] == [
         f"TIFU H{i}" for i in range(10)]

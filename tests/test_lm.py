@@ -727,15 +727,17 @@ class Letters:
         return "".join("<e>" if token == 1 else chr(token) for token in ids)
 
 
-def test_encode_response():
+def test_encode_responses():
     space, a, b = map(ord, " ab")
-    assert lm.encode_response("ab", Letters(), 9) == [space, a, b, 1], (
+    assert lm.encode_responses(["ab", "b"], Letters(), 9) == [[space, a, b, 1], [space, b, 1]], (
         "a leading space, as in a text; EOS at the end, or the model never learns to stop")
-    assert lm.encode_response("ab", Letters(), 4) == [space, a, b, 1], "it fits"
-    assert lm.encode_response("ab", Letters(), 3) == [space, a, b], (
+    assert lm.encode_responses(["ab", "b"], Letters(), 4) == [[space, a, b, 1], [space, b, 1]], (
+        "both fit")
+    assert lm.encode_responses(["ab", "b"], Letters(), 3) == [[space, a, b], [space, b, 1]], (
         "a summary that is cut has no EOS: it did not end")
-    assert lm.encode_response("", Letters(), 9) == [space, 1]
-    assert lm.encode_response("<e>", Letters(), 9) == [space, *map(ord, "<e>"), 1], (
+    assert lm.encode_responses([""], Letters(), 9) == [[space, 1]]
+    assert lm.encode_responses([], Letters(), 9) == []
+    assert lm.encode_responses(["a", "<e>"], Letters(), 9)[1] == [space, *map(ord, "<e>"), 1], (
         "a typed control token is text")
 
 
