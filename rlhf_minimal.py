@@ -263,7 +263,8 @@ def compare_in_tiny_world(run, settings, posts, name, writes, sft):
         # two samples of a quarter of the posts, one of another quarter; the rest needs none
         samples = [writes(sft, posts[:count], settings.temperature, name, i)
                    for i, count in enumerate((len(posts) // 2, len(posts) // 4))]
-        comparisons = toy.make_comparisons(posts, *samples, f"{name} {run.seed}")
+        comparisons = toy.make_comparisons(posts, *samples, f"{name} {run.seed}",
+                                           settings.toy_length_bias)
     print(f"comparisons, {name}: {len(comparisons)} labelled, {len(posts) - len(comparisons)} left "
           "out as their summaries are identical")
     return comparisons, toy.fact_accuracy(posts, samples[0])

@@ -241,20 +241,27 @@ def fact_accuracy(posts, summaries):
     return {name: sum(bools) / max(1, len(bools)) for name, bools in right.items()}
 
 
-def compare(post, summary_a, summary_b, policies, rng):
+def compare(post, summary_a, summary_b, policies, rng, length_bias=0.0):
     """A comparison in the format of tldr.load_comparisons. The labeler slips: the better summary is
     chosen with probability sigmoid(difference of taste / NOISE) (Bradley-Terry, as in section 3.4).
-    "gap" (taste of chosen minus rejected) is for measuring, never for training.
+
+    length_bias: what a word more is worth to this labeler beside the taste, as the paper's labelers
+    are drawn to longer summaries (App. F). "gap" (taste of chosen minus rejected, without the bias)
+    and "log_odds" (of this label) are for measuring, never for training.
     """
     gap = true_quality(post, summary_a) - true_quality(post, summary_b)
-    pair, names = [summary_a, summary_b], list(policies)
+    more_words = len(summary_a.split()) - len(summary_b.split())
+    log_odds = (gap + length_bias * more_words) / NOISE
+    row = {"post": post, "chosen": summary_a, "rejected": summary_b, "policies": list(policies),
+           "gap": gap, "log_odds": log_odds}
     # No third answer: a row of the paper's has a choice of two too, however sure the labeler was.
-    if rng.random() >= 1 / (1 + math.exp(-gap / NOISE)):
-        pair, names, gap = pair[::-1], names[::-1], -gap
-    return {"post": post, "chosen": pair[0], "rejected": pair[1], "policies": names, "gap": gap}
+    if rng.random() >= 1 / (1 + math.exp(-log_odds)):
+        row |= {"chosen": summary_b, "rejected": summary_a, "policies": list(policies)[::-1],
+                "gap": -gap, "log_odds": -log_odds}
+    return row
 
 
-def make_comparisons(posts, samples_a, samples_b, seed):
+def make_comparisons(posts, samples_a, samples_b, seed, length_bias=0.0):
     """Comparisons of several policies' summaries (section 3.1), one per post: two SFT samples where
     the post has two, one and the reference where it has one, else a confused pair. Identical
     summaries are left out, as in tldr.py.
@@ -273,7 +280,7 @@ def make_comparisons(posts, samples_a, samples_b, seed):
         else:
             pair, policies = confused_pair(post, rng), ("human", "confused")
         if pair[0] != pair[1]:
-            comparisons.append(compare(post, *pair, policies, rng))
+            comparisons.append(compare(post, *pair, policies, rng, length_bias))
     return comparisons
 
 
@@ -289,9 +296,11 @@ def swapped_fact_pairs(posts, seed):
 
 
 def label_ceiling(comparisons):
-    """Accuracy that someone who knew the taste would have on these noisy labels: what no reward
-    model can pass. In the paper a researcher agrees with a labeler in 77 % of the cases (3.3)."""
-    return sum(1 / (1 + math.exp(-abs(c["gap"]) / NOISE)) for c in comparisons) / len(comparisons)
+    """Accuracy that someone who knew the taste (and the bias) would have on these noisy labels: what
+    no reward model can pass. In the paper a researcher agrees with a labeler in 77 % of the cases
+    (3.3)."""
+    likelier = [1 / (1 + math.exp(-abs(row["log_odds"]))) for row in comparisons]
+    return sum(likelier) / len(likelier)
 
 
 # ---------------------------------------------------------------------------- the tiny model

@@ -36,6 +36,7 @@ class Panel:
     settings: dict  # title, xlabel, xscale, xticks and the like, as Axes.set takes them
     bars: bool = False  # instead of lines, with the names of the ticks on end
     band: tuple = ()  # (x, lowest, highest) of healthy runs, in grey behind the lines
+    each_seed: bool = False  # thin behind a line: those of its seeds, as a mean can hide what each did
 
 
 def draw(path, shape, panels, title=None):
@@ -66,6 +67,10 @@ def draw_lines(axis, panel):
             label = [key] * (len(keys) > 1 or not line) + [line] * bool(line)
             drawn.append(panel.colors[label[0]])
             xs, ys, errors = zip(*points_of(rows, panel.x, key))
+            for seed in {row["seed"] for row in rows} if panel.each_seed else ():
+                own = [row for row in rows if row["seed"] == seed]
+                own_xs, own_ys, _ = zip(*points_of(own, panel.x, key))
+                axis.plot(own_xs, own_ys, color=drawn[-1], linewidth=0.6, alpha=0.5)
             if panel.bars:
                 axis.bar(xs, ys, color=drawn[-1])
             else:  # lines of one colour differ in their strokes

@@ -46,6 +46,7 @@ class ToyConfig:
     toy_posts: int = HfArg(default=12800, help="posts with references; paper: 116,722 (Table 2)")
     toy_comparisons: int = HfArg(default=24000, help="posts to compare on; paper: 64,832 (3.2)")
     toy_held_out: int = HfArg(default=500, help="posts to judge on; paper: 6,447 (Table 2)")
+    toy_length_bias: float = HfArg(default=0.0, help="taste a word for its length; paper: App. F")
     toy_width: int = HfArg(default=64, help="d_model; paper: 2048 (1.3B, Table 3)")
     toy_layers: int = HfArg(default=2, help="paper: 24 (1.3B, Table 3)")
     toy_heads: int = HfArg(default=4, help="paper: 16 (1.3B, Table 3)")
@@ -108,7 +109,8 @@ RANGES = dict.fromkeys((
     "save_seconds", "lora_rank", "micro_batch_size", "rollout_batch_size", "judge_every",
     "max_posts", "sft_lr", "reward_lr", "ppo_lr", "kl_beta", "value_weight"), (0, math.inf)) | {
     "temperature": (0.001, 1000),  # beyond, logits overflow or sampling no longer reads them
-    "seed": (0, 2**63 - 1), "gamma": (0, 1), "lam": (0, 1), "missing_eos": (-math.inf, math.inf)}
+    "seed": (0, 2**63 - 1), "toy_length_bias": (-10, 10), "gamma": (0, 1), "lam": (0, 1),
+    "missing_eos": (-math.inf, math.inf)}
 
 
 def check_ranges(settings):

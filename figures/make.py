@@ -45,11 +45,16 @@ from tldr import build_prompt, encode_prompts
 
 HELD_OUT = 1500  # comparisons to measure accuracy on
 WEAK = 500  # comparisons for a reward model that can be over-optimized
+BIAS = 0.5  # taste a word, of the labelers of length_bias: two words are worth a fact
 # The colour of each line, or of each number where a panel has one line of each
 COLORS = {
     "reward": BLUE, "predicted": BLUE, "values": BLUE, "separate, from the reward model": BLUE,
     "width 16": BLUE, "width 32": BLUE, "width 64": BLUE, "reward model, 500 comparisons": BLUE,
     "reward model, 4000 comparisons": BLUE, "reward model, 12000 comparisons": BLUE,
+    "mean of five, 500 comparisons": PURPLE, "worst of five, 500 comparisons": SKY,
+    "unbiased labeler, beta 0.05": GREEN, "unbiased labeler, beta 0.0": GREEN,
+    "biased labeler, beta 0.05": VERMILION, "biased labeler, beta 0.0": VERMILION,
+    "biased, length taken out, beta 0.05": BLUE, "biased, length taken out, beta 0.0": BLUE,
     "true": GREEN, "labeler": GREEN, "another labeler": GREEN, "who knows the taste": GREEN,
     "log_ratio": VERMILION, "ROUGE-L": ORANGE, "SFT": SKY, "RLOO": VERMILION, "DPO": ORANGE,
     "PPO": PURPLE, "advantages": PURPLE, "shared with the policy": PURPLE,
@@ -131,11 +136,16 @@ class World:
         return model
 
     @cache
-    def comparisons(self):
-        """Rows and encoded pairs: one set for models of all widths, as in the paper."""
-        samples = [self.write(self.sft(64), self.compared[: len(self.compared) // k], 1.0, k)
-                   for k in (2, 4)]
-        rows = toy.make_comparisons(self.compared, *samples, self.seed)
+    def samples(self):
+        """Summaries to compare, as toy.make_comparisons takes them."""
+        return [self.write(self.sft(64), self.compared[: len(self.compared) // k], 1.0, k)
+                for k in (2, 4)]
+
+    @cache
+    def comparisons(self, bias=0.0):
+        """Rows and encoded pairs: one set for models of all widths, as in the paper. bias: of the
+        labeler, taste a word."""
+        rows = toy.make_comparisons(self.compared, *self.samples(), self.seed, bias)
         random.Random(self.seed).shuffle(rows)
         queries, chosen = self.encode([row["post"] for row in rows],
                                       [row["chosen"] for row in rows])
@@ -143,11 +153,12 @@ class World:
         return rows, list(zip(queries, chosen, rejected))
 
     @cache
-    def reward_model(self, width, n=None):
-        """Trained on n comparisons that are not held out, by default the most."""
-        torch.manual_seed(self.seed)  # for the head
-        model, (_, pairs) = RewardModel(self.sft(width)), self.comparisons()
-        train_reward(Run(self.seed), model, pairs[HELD_OUT:][: n or self.sizes[-1]],
+    def reward_model(self, width, n=None, bias=0.0, member=0):
+        """Trained on n comparisons that are not held out, by default the most. member: of an
+        ensemble, whose heads begin differently and which see the same pairs in another order."""
+        torch.manual_seed(self.seed + 1000 * member)  # for the head
+        model, (_, pairs) = RewardModel(self.sft(width)), self.comparisons(bias)
+        train_reward(Run(self.seed + 1000 * member), model, pairs[HELD_OUT:][: n or self.sizes[-1]],
                      self.tokenizer.pad_token_id, settings())
         normalize(model, *self.encode(self.posts[:1000]), self.tokenizer.pad_token_id)
         return model
@@ -195,30 +206,73 @@ def over_optimization(world):
     """Fig. 5: PPO against a reward model of few comparisons, measured during one run without KL
     penalty and at the end of runs with one."""
     model, rows = world.reward_model(64, WEAK), []
-    measure_policy(world, model, rows, 0.0, world.sft(64), 0)
-    for beta in (0.0, 0.03, 0.2)[: len(world.widths)]:
-        world.ppo(64, model, evaluate=partial(measure_policy, world, model, rows, beta),
-                  kl_beta=beta, ppo_episodes=80 * 64, return_sequences=4)
+
+    def measure(beta, policy, update):
+        if update in ((0, 3, 6, 10, 15, 20, 30, 40, 60, 80) if beta == 0 else (80,)):
+            line = "during a run without penalty" if beta == 0 else "end of runs"
+            rows.append({"kl_beta": beta, "point": f"{beta} {update}", "line": line}
+                        | measure_policy(world, model, policy))
+
+    measure(0.0, world.sft(64), 0)
+    for beta in (0.0, 0.01, 0.03, 0.1, 0.3) if len(world.widths) > 1 else (0.0,):
+        world.ppo(64, model, evaluate=partial(measure, beta), kl_beta=beta, ppo_episodes=80 * 64,
+                  return_sequences=4)
     return rows
 
 
-def measure_policy(world, model, rows, beta, policy, update):
-    """Append a point of Fig. 5, if there is to be one after this update: what the reward model
-    thinks of the policy's samples, and what the labeler does."""
-    if update not in ((0, 3, 6, 10, 15, 20, 30, 40, 60, 80) if beta == 0 else (80,)):
-        return
+def measure_policy(world, model, policy):
+    """What a reward model thinks of a policy's samples for the held-out posts, and what the labeler
+    does, without bias."""
     batch, ids = world.rollout(policy, model, model)  # the critic's values are not looked at
     posts = [world.held_out[i] for i in batch.post]
     texts = [decode_response(row, world.tokenizer) for row in ids]
     gaps = batch.scores - world.score(model, posts)  # to the scores of the references
-    rows.append({"kl_beta": beta, "kl_per_summary": batch.kl.mean().item(),
-                 "predicted": torch.sigmoid(gaps).mean().item(),
-                 "true": mean(world.preferred(posts, texts)), "point": f"{beta} {update}",
-                 "line": "during a run without penalty" if beta == 0 else "end of runs"})
+    return {"kl_per_summary": batch.kl.mean().item(), "predicted": gaps.sigmoid().mean().item(),
+            "true": mean(world.preferred(posts, texts)),
+            "words": mean(len(text.split()) for text in texts)}
+
+
+class WithoutLength(RewardModel):
+    """A trained reward model less a price for each word of a text: of a post as well, which is the
+    same for all its summaries. For rows of one summary each, as k = 1 has them."""
+
+    def __init__(self, model, price, tokenizer):
+        super().__init__(model.trunk, own_copy=False)
+        self.head, self.price = model.head, price
+        words = [token.startswith("\u0120") for token in tokenizer.convert_ids_to_tokens(
+            range(len(tokenizer)))]  # byte-level BPE's space, with which each word begins here
+        self.register_buffer("is_word", torch.tensor(words))
+
+    def forward(self, input_ids, attention_mask, position_ids=None):
+        n_words = (self.is_word[input_ids] * attention_mask).cumsum(1)  # (B, L)
+        return super().forward(input_ids, attention_mask, position_ids) - self.price * n_words
+
+
+def length_bias(world):
+    """App. F, taken further: labelers who pay for length beside their taste. The control is the
+    biased reward model with their length term taken out again."""
+    tokenizer, biased = world.tokenizer, world.reward_model(64, None, BIAS)
+    control = WithoutLength(biased, BIAS / toy.NOISE, tokenizer)
+    normalize(control, *world.encode(world.posts[:1000]), tokenizer.pad_token_id)
+    rows = []
+
+    def measure(line, model, policy, update):
+        if update % 10 == 0:
+            rows.append({"line": line, "update": update} | measure_policy(world, model, policy))
+
+    for name, model in (("unbiased labeler", world.reward_model(64)), ("biased labeler", biased),
+                        ("biased, length taken out", control)):
+        for beta in (0.05, 0.0):
+            line = f"{name}, beta {beta}"
+            measure(line, model, world.sft(64), 0)
+            policy, _, _ = world.ppo(64, model, evaluate=partial(measure, line, model), kl_beta=beta)
+            rows[-1]["summaries"] = world.write(policy, world.held_out[:3])
+    return rows
 
 
 def best_of_many(world):
-    """Fig. 7 and Table 10: from one pool of samples for each post, at T = 0.7."""
+    """Fig. 7 and Table 10: from one pool of samples for each post, at T = 0.7. And one that is not
+    in the paper: five weak reward models together, by their mean or by the least of them."""
     posts, total = world.held_out[:60], 256
     pool = [post for post in posts for _ in range(total)]
     texts = world.write(world.sft(64), pool, 0.7, "pool")
@@ -233,6 +287,10 @@ def best_of_many(world):
         proxies[line] = world.score(model, pool, texts)
         gaps = proxies[line].view(-1, total) - world.score(model, posts)[:, None]
         predicted[line] = torch.sigmoid(gaps)
+    five = torch.stack([world.score(world.reward_model(64, WEAK, member=member), pool, texts)
+                        for member in range(5)])  # (5, samples)
+    proxies |= {f"mean of five, {WEAK} comparisons": five.mean(0),
+                f"worst of five, {WEAK} comparisons": five.amin(0)}
     for line, proxy in proxies.items():
         proxy = torch.as_tensor(proxy).view(-1, total)  # (posts, samples)
         for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
@@ -271,7 +329,7 @@ def reward_data(world):
     rows, pairs = world.comparisons()
     rows, pairs = rows[:HELD_OUT], pairs[:HELD_OUT]
     queries, chosen, rejected = zip(*pairs)
-    right = [1 / (1 + math.exp(-row["gap"] / toy.NOISE)) for row in rows]  # chance of this label
+    right = [1 / (1 + math.exp(-row["log_odds"])) for row in rows]  # chance of this label
     for n in world.sizes:
         accuracies = {"who knows the taste": toy.label_ceiling(rows),
                       # both label it so, or both the other way round
@@ -350,6 +408,10 @@ FIGURES = {
     "over-optimization": (over_optimization, "Too much reward makes summaries worse", [
         ("kl_per_summary", ["predicted", "true"], "KL from SFT (nats per summary)", "symlog",
          PREFERRED)]),
+    "length-bias": (length_bias, "Labelers who pay for length get length", [
+        ("update", ["words"], "PPO update", "linear", "words of a summary"),
+        ("update", ["predicted"], "PPO update", "linear", PREFERRED + ", predicted"),
+        ("update", ["true"], "PPO update", "linear", PREFERRED + ", truly")]),
     "best-of-n": (best_of_many, "The best of n is as good as the taste of who picks it", [
         ("n", ["true"], "samples to pick from, n", "log", PREFERRED + ", truly"),
         ("kl", ["predicted", "true"], "KL from SFT, log n - (n-1)/n (nats)", "linear", PREFERRED)]),
@@ -403,7 +465,8 @@ def write_figure(path, rows, title, panels):
             axes |= {"xticks": range(len(rows)), "xticklabels": [row["token"] for row in rows]}
         elif xscale != "linear":
             axes |= ticks(rows, x, xscale)
-        drawn.append(Panel(rows, x, keys, COLORS, axes, bars))
+        # Fig. 5: each seed has its peak at another KL, which their mean hides
+        drawn.append(Panel(rows, x, keys, COLORS, axes, bars, each_seed=x == "kl_per_summary"))
     draw(path.with_suffix(".png"), (2, 2) if bars else (1, len(panels)), drawn, title)
 
 

@@ -87,6 +87,10 @@ def run_sick(healthy, job):
         return {"bug": name, "seed": seed, "curves": curves(Path(folder, "run"))}
 
 
+def write(folder, told):
+    (folder / "symptoms.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
+
+
 def draw(path, healthy, runs):
     """A row of panels for each bug, a column for each number, the same axes down a column."""
     from matplotlib.figure import Figure
@@ -118,20 +122,23 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--healthy", type=Path, required=True, help="folders of default runs")
     parser.add_argument("--seeds", nargs="*", help="of the sick runs; default: the first three")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time; default: 2")
     parser.add_argument("--output_dir", default=HERE, type=Path, help="for PNG and JSON")
     options = parser.parse_args(arguments)
     names = sorted(path.parent.name for path in options.healthy.glob("*/results.json"))
     seeds = names[:3] if options.seeds is None else options.seeds
     jobs = [(sick, seed) for sick in SICK for seed in seeds]
     healthy = band([curves(options.healthy / name) for name in names])
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        work = pool.imap(partial(run_sick, options.healthy.resolve()), jobs)
-        runs = list(tqdm(work, "runs with a bug", len(jobs), disable=None))
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    (options.output_dir / "symptoms.json").write_text(
-        json.dumps({"healthy": healthy, "seeds": names, "runs": runs}) + "\n", encoding="utf-8")
-    if runs:
-        draw(options.output_dir / "symptoms.png", healthy, runs)
+    told = {"healthy": healthy, "seeds": names, "runs": []}
+    write(options.output_dir, told)
+    with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+        work = pool.imap(partial(run_sick, options.healthy.resolve()), jobs)
+        for run in tqdm(work, "runs with a bug", len(jobs), disable=None):
+            told["runs"].append(run)
+            write(options.output_dir, told)  # after each run: half an hour is not lost at Ctrl-C
+    if told["runs"]:
+        draw(options.output_dir / "symptoms.png", healthy, told["runs"])
 
 
 if __name__ == "__main__":

@@ -108,6 +108,27 @@ def test_labels_follow_bradley_terry():
     assert row["gap"] == (-5 if row["chosen"] == "I feel hurt." else 5)
 
 
+def test_a_biased_labeler_pays_for_each_word():
+    # The longer one has an aside of another post, -1, in three words too many, -0.15
+    shorter, longer = toy.ideal_summary(POST), toy.ideal_summary(POST) + " Nothing else happened."
+    rng, longer_wins = random.Random(0), 0
+    assert toy.true_quality(POST, longer) == pytest.approx(5 - 1 - 3 * 0.05)
+    for _ in range(4000):
+        row = toy.compare(POST, shorter, longer, ("p", "q"), rng, length_bias=1.0)
+        sign = 1 if row["chosen"] == shorter else -1
+        longer_wins += sign < 0
+        assert row["gap"] == pytest.approx(sign * 1.15), "the taste itself is what it was"
+        assert row["log_odds"] == pytest.approx(sign * (1.15 - 3) / toy.NOISE)
+    assert longer_wins / 4000 == pytest.approx(0.670758, abs=0.03)  # sigmoid(1.85 / 2.6)
+    (row,) = toy.make_comparisons([POST], [longer], [longer + "!"], 0, length_bias=0.4)
+    assert abs(row["log_odds"]) == pytest.approx(0.75 / toy.NOISE), "no word more, taste alone"
+
+
+def test_label_ceiling_counts_the_likelier_label():
+    # sigmoid(1) = .731059, sigmoid(2) = .880797, whichever label was drawn
+    assert toy.label_ceiling([{"log_odds": 1.0}, {"log_odds": -2.0}]) == pytest.approx(0.805928)
+
+
 def test_confused_pair_differs_in_facts_only():
     rng = random.Random(4)
     for post in POSTS:
