@@ -185,8 +185,8 @@ def test_the_critic_can_be_another_one_than_a_copy_of_the_reward_model(world, sh
 
 
 def test_a_point_of_fig_5_does_not_depend_on_the_order_of_the_rows(world, monkeypatch):
-    model, points, rollout = figures.RewardModel(world.sft(16)), [], figures.ppo.rollout
-    figures.measure_policy(world, model, points, 0.0, world.sft(64), 0)
+    model, rollout = figures.RewardModel(world.sft(16)), figures.ppo.rollout
+    point = figures.measure_policy(world, model, world.sft(64))
 
     def turned_round(*inputs):
         (batch,) = rollout(*inputs)
@@ -194,10 +194,33 @@ def test_a_point_of_fig_5_does_not_depend_on_the_order_of_the_rows(world, monkey
         return [dataclasses.replace(batch, **{name: x.flip(0) for name, x in vars(batch).items()})]
 
     monkeypatch.setattr(figures.ppo, "rollout", turned_round)
-    figures.measure_policy(world, model, points, 0.0, world.sft(64), 0)
-    figures.measure_policy(world, model, points, 0.0, world.sft(64), 1)  # no point of the figure
-    assert len(points) == 2 and points[0] == pytest.approx(points[1])
-    assert points[0]["kl_per_summary"] == pytest.approx(0, abs=1e-4)  # it is the SFT model
+    assert point == pytest.approx(figures.measure_policy(world, model, world.sft(64)))
+    assert point["kl_per_summary"] == pytest.approx(0, abs=1e-4)  # it is the SFT model
+
+
+def test_the_price_of_a_word_is_taken_off_a_reward(world):
+    """Five words cost 3 * 0.3 more than two, behind any post; full stops and EOS cost nothing."""
+    model = figures.RewardModel(world.sft(16))
+    control = figures.WithoutLength(model, 0.3, world.tokenizer)
+    posts = world.held_out  # of several lengths, so that shorter ones are padded
+    short, long = (world.score(model, posts, [text] * len(posts))
+                   - world.score(control, posts, [text] * len(posts))
+                   for text in ("My boss.", "My boss sold my car."))
+    assert (long - short).tolist() == pytest.approx([0.9] * len(posts), abs=1e-4)
+    same = world.score(figures.WithoutLength(model, 0.0, world.tokenizer), posts)
+    assert torch.equal(same, world.score(model, posts)), "without a price it is the model"
+
+
+def test_each_seed_is_drawn_thin_behind_the_mean():
+    rows = [{"seed": seed, "kl": kl, "true": true}
+            for seed, kl, true in ((0, 1.0, 0.4), (0, 2.0, 0.8), (1, 1.0, 0.6), (1, 2.0, 0.2))]
+    axis = Figure().subplots()
+    draw_lines(axis, Panel(rows, "kl", ["true"], {"true": GREEN}, {}, each_seed=True))
+    thin = [line for line in axis.get_lines() if line.get_linewidth() < 1]
+    assert sorted(list(line.get_ydata()) for line in thin) == [[0.4, 0.8], [0.6, 0.2]]
+    assert {line.get_color() for line in thin} == {GREEN}
+    (mean,) = axis.containers
+    assert list(mean[0].get_ydata()) == pytest.approx([0.5, 0.5])
 
 
 def test_a_name_that_is_no_figure_and_a_missing_matplotlib_are_one_line(
