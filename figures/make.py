@@ -273,7 +273,7 @@ def length_bias(world):
 def best_of_many(world):
     """Fig. 7 and Table 10: from one pool of samples for each post, at T = 0.7. And one that is not
     in the paper: five weak reward models together, by their mean or by the least of them."""
-    posts, total = world.held_out[:60], 256
+    posts, total = world.held_out[:60], 256 if len(world.widths) > 1 else 64
     pool = [post for post in posts for _ in range(total)]
     texts = world.write(world.sft(64), pool, 0.7, "pool")
     # What picks, a number for each sample; and what its pick is worth to the labeler, or to itself
@@ -293,7 +293,7 @@ def best_of_many(world):
                 f"worst of five, {WEAK} comparisons": five.amin(0)}
     for line, proxy in proxies.items():
         proxy = torch.as_tensor(proxy).view(-1, total)  # (posts, samples)
-        for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        for n in [2**i for i in range(9) if 2**i <= total]:
             row = {"line": line, "n": n, "kl": best_of_n_kl(n),
                    "true": expected_best_of(n, proxy, true)}
             if line in predicted:
