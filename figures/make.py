@@ -203,18 +203,24 @@ def win_rates(world):
 
 
 def over_optimization(world):
-    """Fig. 5: PPO against a reward model of few comparisons, measured during one run without KL
-    penalty and at the end of runs with one."""
-    model, rows = world.reward_model(64, WEAK), []
+    """Fig. 5: PPO against a reward model of a quarter of the default's comparisons. As in the paper,
+    the end of runs with less and less KL penalty; and the last of them on its way."""
+    # With 1,000 or 2,000 comparisons (seed 0) the truth fell from the first update on; with 12,000
+    # (seed 1) it hardly fell within these 80.
+    model, rows = world.reward_model(64, world.sizes[1] if len(world.widths) == 1 else 6000), []
 
     def measure(beta, policy, update):
-        if update in ((0, 3, 6, 10, 15, 20, 30, 40, 60, 80) if beta == 0 else (80,)):
-            line = "during a run without penalty" if beta == 0 else "end of runs"
-            rows.append({"kl_beta": beta, "point": f"{beta} {update}", "line": line}
-                        | measure_policy(world, model, policy))
+        during = beta == 0 and update in (0, 3, 6, 10, 15, 20, 30, 40, 60, 80)
+        if during or update == 80:
+            numbers = {"kl_beta": beta} | measure_policy(world, model, policy)
+            if during:
+                rows.append({"line": "a run without penalty", "point": f"during {update}"} | numbers)
+            if update in (0, 80):  # the SFT model is where every run begins
+                point = f"end of {beta}" if update else "start"
+                rows.append({"line": "end of runs", "point": point} | numbers)
 
     measure(0.0, world.sft(64), 0)
-    for beta in (0.0, 0.01, 0.03, 0.1, 0.3) if len(world.widths) > 1 else (0.0,):
+    for beta in (0.0, 0.05, 0.2) if len(world.widths) > 1 else (0.0,):
         world.ppo(64, model, evaluate=partial(measure, beta), kl_beta=beta, ppo_episodes=80 * 64,
                   return_sequences=4)
     return rows
@@ -405,7 +411,7 @@ PREFERRED = "fraction preferred to the reference"
 FIGURES = {
     "win-rate": (win_rates, "Feedback beats imitation, given enough width", [
         ("width", ["preferred"], "width of the model", "log", PREFERRED)]),
-    "over-optimization": (over_optimization, "Too much reward makes summaries worse", [
+    "over-optimization": (over_optimization, "Some reward makes summaries better, more makes them worse", [
         ("kl_per_summary", ["predicted", "true"], "KL from SFT (nats per summary)", "symlog",
          PREFERRED)]),
     "length-bias": (length_bias, "Labelers who pay for length get length", [

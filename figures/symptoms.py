@@ -17,6 +17,8 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,18 +36,47 @@ CURVES = {  # stage and name of a number in metrics.jsonl -> what stands above i
     ("ppo", "length"): "length, tokens", ("ppo", "entropy"): "entropy, nats",
     ("ppo", "policy_clip_fraction"): "clip fraction", ("ppo", "value_loss"): "value loss",
     ("judge", "true_quality"): "true quality", ("judge", "vs_reference_win_rate"): "win rate"}
-HIGHEST = {"kl_per_summary": 40, "length": 50, "value_loss": 10, "policy_clip_fraction": 0.7}
+# What leaves these ranges is drawn along the border, or one row would flatten the others
+RANGES = {"reward": (-2, 2), "kl_per_summary": (-5, 30), "length": (0, 48), "entropy": (0, 2),
+          "policy_clip_fraction": (0, 0.4), "value_loss": (0, 8), "true_quality": (-2, 5),
+          "vs_reference_win_rate": (0, 1)}
 
-# Name of the bug in exercises/bugs.py, settings of its runs, from the healthy reward model?
+@dataclass
+class Sick:
+    bug: str  # its name in exercises/bugs.py; any other name where only the settings are sick
+    told: str  # what one sees, what it is, where to look
+    settings: tuple = ()  # of its runs
+    new_reward_model: bool = False  # the bug comes before the reward model: it is trained again
+
+
 SICK = (
-    ("the sign of the KL", [], True),
-    ("the score is paid at every token", [], True),
-    ("EOS is not an action", [], True),
-    ("lambda is ignored", [], True),
-    ("the reference is the policy itself", [], True),
-    ("nothing is clipped", ["--ppo_lr", "1e-3"], True),
-    ("the preference loss has chosen and rejected swapped", [], False),
-    ("the labeler likes long summaries", [], False),
+    Sick("the sign of the KL", 
+         "KL and length run away within ten updates, and the reward ends at -1, as no summary ends any "
+         "more: distance is paid for instead of punished. Look at kl_penalized_rewards: minus beta, "
+         "times log pi_RL minus log pi_SFT, in this order."),
+    Sick("the score is paid at every token", 
+         "The value loss is far above the band from the first update on, KL and length stay above it, "
+         "and the win rate falls while the reward looks healthy: each token earns the score, so that "
+         "longer earns more. Look at where the score is added: once, at the last action."),
+    Sick("EOS is not an action", 
+         "The reward is -1 and never moves, the entropy is twenty times too high, and at first a "
+         "quarter of the actions is clipped: no summary counts as ended, and greedy ones stay what they "
+         "were. Look at get_response_mask: up to and with the first EOS."),
+    Sick("lambda is ignored", 
+         "No curve leaves the band by more than seeds differ: the advantages are only noisier. No "
+         "picture finds this one. The pencil test of compute_gae does, as its lambda is not 1."),
+    Sick("the reference is the policy itself", 
+         "KL is exactly 0 in every update, which no policy that learns can have. All else may look "
+         "healthy, and one of three runs gets worse, as nothing holds the policy. Look at "
+         "other_networks: the reference is a frozen copy."),
+    Sick("nothing is clipped", 
+         "At a rate of 1e-3 instead of 3e-4 KL and length jump within ten updates, in two of three runs "
+         "the entropy then goes, and the win rate stays low; the clip fraction is exactly 0. Look at "
+         "policy_loss: the larger one of the plain and the clipped loss.", ("--ppo_lr", "1e-3")),
+    Sick("the preference loss has chosen and rejected swapped", 
+         "SWAPPED", (), True),
+    Sick("labelers who pay for length (no bug, but --toy_length_bias 0.5)",
+         "LONG", ("--toy_length_bias", "0.5"), True),
 )
 
 
@@ -72,19 +103,20 @@ def band(runs):
 
 def run_sick(healthy, job):
     """The curves of one bug with one seed; those up to where it stopped, if it did."""
-    (name, settings, with_reward_model), seed = job
-    (bug,) = [bug for bug in BUGS if bug.name.removesuffix(" (notebook)") == name]
+    sick, seed = job
     given = ["--sft_model", healthy / seed / "sft"]
-    if with_reward_model:
+    if not sick.new_reward_model:
         given += ["--reward_model", healthy / seed / "reward_model"]
     with tempfile.TemporaryDirectory() as folder:
         copied = copy_project(Path(folder, "copy"))
-        plant(bug, copied)
+        for bug in BUGS:
+            if bug.name.removesuffix(" (notebook)") == sick.bug:
+                plant(bug, copied)
         subprocess.run([sys.executable, copied / "rlhf_minimal.py", "--seed", seed, "--judge",
-                        "labeler", "--output_dir", Path(folder, "run"), *given, *settings],
+                        "labeler", "--output_dir", Path(folder, "run"), *given, *sick.settings],
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return {"bug": name, "seed": seed, "curves": curves(Path(folder, "run"))}
+        return {"bug": sick.bug, "seed": seed, "curves": curves(Path(folder, "run"))}
 
 
 def write(folder, told):
@@ -97,22 +129,27 @@ def draw(path, healthy, runs):
 
     from engine.report import GREY, VERMILION
 
-    fig = Figure((2.1 * len(CURVES), 1.9 * len(SICK)), layout="constrained")
+    fig = Figure((2.1 * len(CURVES), 2.2 * len(SICK)))
+    fig.subplots_adjust(left=0.03, right=0.99, top=0.95, bottom=0.05, hspace=0.8, wspace=0.25)
     rows = fig.subplots(len(SICK), len(CURVES), sharex=True, sharey="col")
-    for i, (row, (name, *_)) in enumerate(zip(rows, SICK)):
+    for i, (row, sick) in enumerate(zip(rows, SICK)):
         for axis, ((_, key), title) in zip(row, CURVES.items()):
             axis.fill_between(*zip(*healthy[key]), color=GREY, alpha=0.35, linewidth=0)
+            low, high = RANGES[key]
             for run in runs:
-                if run["bug"] == name and run["curves"][key]:
-                    axis.plot(*zip(*run["curves"][key]), color=VERMILION, linewidth=0.9)
+                if run["bug"] == sick.bug and run["curves"][key]:
+                    steps, numbers = zip(*run["curves"][key])
+                    numbers = [min(max(number, low), high) for number in numbers]
+                    axis.plot(steps, numbers, color=VERMILION, linewidth=1.2)
             axis.grid(alpha=0.3)
-            axis.tick_params(labelsize="x-small")
-            if key in HIGHEST:
-                axis.set_ylim(0, HIGHEST[key])
+            axis.tick_params(labelsize="x-small", labelbottom=True)
+            margin = 0.05 * (high - low)  # a line along the border can be seen
+            axis.set_ylim(low - margin, high + margin)
             if i == 0:
                 axis.set_title(title, fontsize="small")
-        row[0].annotate(name, (0, -0.3), xycoords="axes fraction", fontsize="small",
-                        annotation_clip=False)
+        told = f"{sick.bug.upper()}. {sick.told}"
+        row[0].annotate(textwrap.fill(told, 210), (0, -0.28), xycoords="axes fraction", va="top",
+                        fontsize="medium")
     fig.suptitle("Curves of PPO with one bug each (three seeds), and where healthy runs are (grey)",
                  fontweight="bold")
     fig.savefig(path, dpi=90)

@@ -285,8 +285,26 @@ def test_best_of_n_the_prediction_grows_and_only_the_labelers_pick_keeps_up(quic
     predicted = by_seeds(quick, "best-of-n", "n", "predicted", line=weak)
     assert list(predicted.values()) == sorted(predicted.values())
     best = by_seeds(quick, "best-of-n", "n", "true", line="labeler")
-    for line in (weak, "ROUGE-L", "longest"):
-        assert by_seeds(quick, "best-of-n", "n", "true", line=line)[64] < best[64]
+    for line in (weak, "ROUGE-L", "longest", f"mean of five, {figures.WEAK} comparisons",
+                 f"worst of five, {figures.WEAK} comparisons"):
+        true = by_seeds(quick, "best-of-n", "n", "true", line=line)
+        assert true[64] < best[64]
+        assert true[1] == pytest.approx(best[1]), "the best of one is the same, whoever picks it"
+
+
+@pytest.mark.slow
+def test_a_labeler_who_likes_length_gets_it_and_the_control_does_not(quick):
+    words, predicted, true = (
+        {line: by_seeds(quick, "length-bias", "update", key, line=f"{line}, beta 0.05")
+         for line in ("unbiased labeler", "biased labeler", "biased, length taken out")}
+        for key in ("words", "predicted", "true"))
+    biased = words["biased labeler"]
+    assert biased[40] > biased[0] + 4
+    for line in ("unbiased labeler", "biased, length taken out"):
+        assert words[line][40] < biased[40] - 2
+    # what is predicted is worth the less the more the length was paid for
+    outrun = {line: predicted[line][40] - true[line][40] for line in true}
+    assert max(outrun, key=outrun.get) == "biased labeler"
 
 
 @pytest.mark.slow
@@ -297,6 +315,46 @@ def test_what_came_after_beats_imitation_each_in_its_own_way(quick):
     assert sft < 0.5 and sft < rloo
     assert min(preferred[line] for line in ("best of 16", "PPO", "DPO")) > 0.6
     assert len(set(preferred.values())) == 5, "two that are the same are one model"
+
+
+def committed(name):
+    return json.loads((figures.HERE / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def told(rows, key, **wanted):
+    """The mean over the seeds ± its standard error, as a README writes it."""
+    numbers = [row[key] for row in rows if all(row[k] == value for k, value in wanted.items())]
+    assert len(numbers) == len({row["seed"] for row in rows}), "one for each seed"
+    error = statistics.stdev(numbers) / len(numbers) ** 0.5
+    return f"{statistics.fmean(numbers):.3f} ± {error:.3f}".replace("0.", ".")
+
+
+def test_the_committed_fig_5_rises_and_falls_in_each_seed_but_one():
+    ends, kept = {}, 0
+    for row in committed("over-optimization"):
+        if row["line"] == "end of runs":
+            ends.setdefault(row["seed"], []).append((row["kl_per_summary"], row["true"]))
+    for points in ends.values():
+        true = [preferred for _, preferred in sorted(points)]
+        kept += max(true) >= true[0] + 0.05 and true[-1] <= max(true) - 0.10
+    assert len(ends) == 6 and kept >= 5
+
+
+def test_the_numbers_of_the_new_figures_in_the_two_readmes():
+    readmes = [(folder / "README.md").read_text(encoding="utf-8")
+               for folder in (figures.HERE.parent, figures.HERE)]
+    rows = committed("over-optimization")
+    for point in ("start", "end of 0.2", "end of 0.05", "end of 0.0"):
+        number = told(rows, "true", line="end of runs", point=point)
+        assert all(number in readme for readme in readmes)
+    rows = committed("length-bias")
+    for line in dict.fromkeys(row["line"] for row in rows):
+        for key in ("predicted", "true"):
+            assert told(rows, key, line=line, update=40) in readmes[1]
+    rows = committed("best-of-n")
+    for line in dict.fromkeys(row["line"] for row in rows):
+        for n in (16, 64, 256):
+            assert told(rows, "true", line=line, n=n) in readmes[1]
 
 
 def test_the_readmes_numbers_of_what_came_after():
