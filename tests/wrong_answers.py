@@ -47,8 +47,8 @@ WRONG = [
          "None]).squeeze(-1)", "at their own token"),
     wrong(1, "the first logits dropped", "logits[:, :-1].to", "logits[:, 1:].to",
           "at their own token"),
-    wrong(1, "shifted back", SHIFTED, "logits = logits / temperature\n    return F.log_softmax("
-          "logits[:, 1:].float(), -1).gather(-1, labels[:, :-1, None])[..., 0]", "shifted"),
+    body(1, "shifted back", "log_probs = F.log_softmax(logits[:, 1:].float() / temperature, -1)\n"
+         "    return log_probs.gather(-1, labels[:, :-1, None])[..., 0]", "shifted"),
     wrong(1, "the last column of both", SHIFTED, SHIFTED.replace("1:, None", ":-1, None"),
           "at their own token"),
     wrong(1, "the likeliest", SHIFTED, "return log_probs.max(-1).values", "likeliest"),
@@ -349,14 +349,14 @@ WRONG = [
           "mask))", "width"),
     # ------------------------------------------------------------------------ 10
     wrong(10, "no half", HALVED, LOSS, "1/2"),
-    wrong(10, "both errors", HALVED, "loss = 0.5 * masked_mean(plain + clipped, mask)", "sum of the "
-          "two"),
+    wrong(10, "both errors", HALVED, "loss = 0.5 * masked_mean(plain + clipped, mask)",
+          "sum of the two"),
     wrong(10, ">=", SHARE, SHARE.replace(">", ">="), "equal"),
     wrong(10, "absolute errors", HALVED, "plain, clipped = plain**.5, clipped**.5\n    " + HALVED,
           "absolute"),
-    wrong(10, "Huber", HALVED, "h = torch.nn.functional.smooth_l1_loss\n    loss = 0.5 * masked_mean("
-          "torch.max(h(values, returns, reduction='none'), h(near_old, returns, reduction='none')"
-          "), mask)", "Huber"),
+    wrong(10, "Huber", HALVED, "h = torch.nn.functional.smooth_l1_loss\n    loss = 0.5 * "
+          "masked_mean(torch.max(h(values, returns, reduction='none'), h(near_old, returns, "
+          "reduction='none')), mask)", "Huber"),
     wrong(10, "V itself", NEAR, "near_old = values.clamp(-clip_range, clip_range)", "V itself"),
     wrong(10, "the change", NEAR, "near_old = (values - old_values).clamp(-clip_range, clip_range)",
           "change of V"),
@@ -448,7 +448,8 @@ WRONG = [
     wrong(12, "no z before the root", HALF, HALF.replace("z /", "1 /"), "left out the z"),
     wrong(12, "z^2 before the root", HALF, HALF.replace("z /", "z**2 /"), "squared the z"),
     wrong(12, "z in the centre", "share + z**2 /", "share + z /", "z in the centre"),
-    wrong(12, "z under the root", HALF, HALF.replace("+ z**2 / (4", "+ z / (4"), "z under the root"),
+    wrong(12, "z under the root", HALF, HALF.replace("+ z**2 / (4", "+ z / (4"),
+          "z under the root"),
     wrong(12, "n under the root", HALF, HALF.replace("n**2", "n"), "square n"),
     wrong(12, "share is the centre's top", "(share + z**2 / (2 * n))", "share", "in the centre"),
     wrong(12, "Agresti-Coull", HALF, "half = z * math.sqrt(center * (1 - center) / (n + z**2))",

@@ -1,5 +1,6 @@
 """What pytest needs to know of this folder. It counts what is done: "9 of 12 done"."""
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -16,6 +17,12 @@ def pytest_pycollect_makemodule(module_path):
     those of another folder before the tests of this one import theirs."""
     if HERE not in module_path.resolve().parents:
         return
+    for path in HERE.glob("*.py"):
+        try:
+            ast.parse(path.read_bytes())
+        except SyntaxError as error:  # one line, where pytest would show the way to it as well
+            raise pytest.Collector.CollectError(
+                f"{path.name}, line {error.lineno}: {error.msg}: `{(error.text or '').strip()}`")
     ours = {".".join(path.relative_to(HERE).with_suffix("").parts) for path in HERE.rglob("*.py")}
     for name in (ours | {"engine"}) - {"conftest"}:
         file = getattr(sys.modules.get(name), "__file__", None)
