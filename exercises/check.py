@@ -3,8 +3,9 @@
     python exercises/check.py handed_in                    # into ./checked-1, then ./checked-2, ...
     python exercises/check.py handed_in --seconds 120      # a test may take so long
 
-Each folder in handed_in is a student. Of their files only the functions of the exercises are taken,
-with the helpers and imports that these need. It runs what students wrote: use a container.
+Each folder in handed_in is a student. Of their files only the functions that were blank are taken
+(made.json of the folder says which, else all twelve), with the helpers and imports that these need.
+It runs what students wrote: use a container.
 """
 
 import argparse
@@ -20,8 +21,28 @@ import time
 from itertools import count
 from pathlib import Path
 
-from hunts import HERE, copy_project, read, write
+from hunts import HERE, copy_project, read, read_record, write
 from start import EXERCISES, NUMBERS, blank, find, first_line, tree_of
+
+# A task is the number of an exercise, or one of these: name, function, how its tests begin
+OPEN = {"open 1": ("kl_estimates", "test_kl_"), "open 2": ("ppo_update", "test_ppo_")}
+
+
+def tasks_of(folder):
+    """What was to be written in a folder; [] in a hunt. Without made.json, all twelve."""
+    made = read_record(folder)
+    if made is None:
+        return list(NUMBERS)
+    return [task for task in (*NUMBERS, *OPEN) if task in made["tasks"]]
+
+
+def place(task):
+    """(file, function) of a task."""
+    return ("open_tasks.py", OPEN[task][0]) if task in OPEN else EXERCISES[task - 1][:2]
+
+
+def title(task):
+    return task if task in OPEN else f"exercise {task}"
 
 
 # ---------------------------------------------------------------------------- what is taken over
@@ -92,10 +113,10 @@ def bring_modules(node, handed_in, fresh):
             raise ValueError(f"it imports {module}, which is not installed here")
 
 
-def put_in(number, handed_in, fresh):
-    """The function of exercise `number` in place of ours, with what it needs. Returns what to say:
-    ValueError, OSError or SyntaxError where it can't be taken."""
-    file, name, _ = EXERCISES[number - 1]
+def put_in(task, handed_in, fresh):
+    """The function of a task in place of ours, with what it needs. Returns what to say: ValueError,
+    OSError or SyntaxError where it can't be taken."""
+    file, name = place(task)
     theirs = read(handed_in / file)
     found = find(theirs, name)
     if not found:
@@ -111,25 +132,28 @@ def put_in(number, handed_in, fresh):
     write(fresh / file, [*ours[: first_line(node) - 1], *brought, *ours[node.end_lineno :]])
     if "NotImplementedError" in names_read(found):
         return "blank"
-    return f"taken from {file}" + (f", with {len(needed)} things it needs" if needed else "")
+    things = "1 thing" if len(needed) == 1 else f"{len(needed)} things"
+    return f"taken from {file}" + (f", with {things} it needs" if needed else "")
 
 
-def take(handed_in, fresh, log):
-    """Our files with their functions. Returns the numbers that are blank."""
+def take(handed_in, fresh, log, tasks=NUMBERS):
+    """Our files with their functions for these tasks. Returns those that are blank."""
     copy_project(fresh)
     shutil.copyfile(HERE / "test_exercises.py", fresh / "test_exercises.py")
-    for number in NUMBERS:
+    for name in ("open_tasks.py", "test_open_tasks.py"):
+        shutil.copyfile(HERE / "made" / name, fresh / name)
+    for number in set(tasks) & set(NUMBERS):
         path = fresh / EXERCISES[number - 1][0]
         write(path, blank(read(path), number))
     blanks = []
-    for number in NUMBERS:
+    for task in tasks:
         try:
-            said = put_in(number, handed_in, fresh)
+            said = put_in(task, handed_in, fresh)
         except (OSError, ValueError, SyntaxError) as error:
             said = f"blank: {type(error).__name__}: {error}"
         if said.startswith("blank"):
-            blanks.append(number)
-        print(f"exercise {number}: {said}", file=log)
+            blanks.append(task)
+        print(f"{title(task)}: {said}", file=log)
     return blanks
 
 
@@ -157,44 +181,58 @@ def run_tests(folder, tests, log, seconds):
     return True
 
 
-def verdicts(folder, log_path, seconds, blanks):
-    """{name of each test: PASSED, FAILED, ERROR, "time" or "stopped"}, but for those of blanks. A
-    test that doesn't come back ends pytest; then its exercise is over, and the others go on in a
-    new pytest."""
-    text = (folder / "test_exercises.py").read_text(encoding="utf-8")
-    tests = re.findall(r"^def (test_exercise_(\d\d)\w+)", text, re.M)
-    left, found = [name for name, number in tests if int(number) not in blanks], {}
+def beginning(task):
+    """How the names of a task's tests begin."""
+    return OPEN[task][1] if task in OPEN else f"test_exercise_{task:02}_"
+
+
+def verdicts(folder, log_path, seconds, file, tasks):
+    """{name of each test: PASSED, FAILED, ERROR, "time" or "stopped"}, of these tasks in a file of
+    tests. A test that doesn't come back ends pytest; then its task is over, and the others go on in
+    a new pytest."""
+    text = (folder / file).read_text(encoding="utf-8")
+    left, found = [], {}
+    for name in re.findall(r"^def (test_\w+)", text, re.M):
+        if any(name.startswith(beginning(task)) for task in tasks):
+            left.append(name)
     while left:
         start = log_path.stat().st_size
         with open(log_path, "a", encoding="utf-8") as log:
-            ended = run_tests(folder, [f"test_exercises.py::{name}" for name in left], log, seconds)
+            ended = run_tests(folder, [f"{file}::{name}" for name in left], log, seconds)
         said = log_path.read_bytes()[start:].decode(errors="replace")
-        found |= re.findall(r"^test_exercises\.py::(\w+) (PASSED|FAILED|ERROR)", said, re.M)
+        found |= re.findall(r"^test_\w+\.py::(\w+) (PASSED|FAILED|ERROR)", said, re.M)
         left = [name for name in left if name not in found]
         if ended and not re.search(r"collected \d+ items?$", said, re.M):  # it can't be imported
             return found | dict.fromkeys(left, "stopped")
         if left:
-            number = left[0][: len("test_exercise_01")]
-            same = [name for name in left if name.startswith(number)]
+            (begins,) = [beginning(task) for task in tasks if left[0].startswith(beginning(task))]
+            same = [name for name in left if name.startswith(begins)]
             found |= dict.fromkeys(same, "stopped" if ended else "time")
             left = [name for name in left if name not in same]
     return found
 
 
 def mark(handed_in, fresh, seconds):
-    """Check one student; returns a word for each exercise."""
-    log_path = fresh.with_name(fresh.name + ".log")
+    """Check one student; returns a word for each exercise, and for each open task after them."""
+    log_path, tasks = fresh.with_name(fresh.name + ".log"), tasks_of(handed_in)
     with open(log_path, "w", encoding="utf-8") as log:
-        blanks = take(handed_in, fresh, log)
-    found = verdicts(fresh, log_path, seconds, blanks)
+        blanks = take(handed_in, fresh, log, tasks)
+    written = [task for task in tasks if task not in blanks]
+    file = "test_open_tasks.py" if set(tasks) & set(OPEN) else "test_exercises.py"
+    found = verdicts(fresh, log_path, seconds, file, written)
     words = []
-    for number in NUMBERS:
-        own = {word for name, word in found.items() if f"exercise_{number:02}" in name}
+    for task in (*NUMBERS, *OPEN):
+        own = {word for name, word in found.items() if name.startswith(beginning(task))}
         word = "pass" if own == {"PASSED"} else next(iter(own - {"PASSED", "FAILED"}), "fail")
-        words.append("blank" if number in blanks else word)
+        words.append("given" if task not in tasks else "blank" if task in blanks else word)
     with open(log_path, "a", encoding="utf-8") as log:
-        log.write(f"\n{words.count('pass')} of {len(words)} done\n")
+        log.write(f"\n{done(words)} done\n")
     return words
+
+
+def done(words):
+    """What was given is not counted."""
+    return f"{words.count('pass')} of {len(words) - words.count('given')}"
 
 
 def place_of(folder):
@@ -204,9 +242,14 @@ def place_of(folder):
 
 
 def check_all(handed_in, output, seconds):
-    students = sorted(path for path in handed_in.iterdir() if path.is_dir())
-    for path in sorted(set(handed_in.iterdir()) - set(students)):
+    folders = sorted(path for path in handed_in.iterdir() if path.is_dir())
+    for path in sorted(set(handed_in.iterdir()) - set(folders)):
         print(f"{path}: no folder, so it is not marked")
+    students = [path for path in folders if tasks_of(place_of(path))]
+    for path in sorted(set(folders) - set(students)):
+        print(f"{path}: this is a hunt, so it is not marked: use hunts.py")
+    if folders and not students:
+        raise SystemExit("check: there is nothing to mark")
     if not students:
         raise SystemExit(f"check: {handed_in} has no folder in it; expected one for each student")
     if output is None:
@@ -217,12 +260,16 @@ def check_all(handed_in, output, seconds):
     output.mkdir(parents=True)
     with open(output / "marks.csv", "w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["student", *(f"{n} {EXERCISES[n - 1][1]}" for n in NUMBERS), "passed"])
+        # the open tasks have columns where somebody has got them
+        has_open = any(set(tasks_of(place_of(student))) & set(OPEN) for student in students)
+        columns = [*NUMBERS, *OPEN] if has_open else list(NUMBERS)
+        names = [task if task in OPEN else f"{task} {place(task)[1]}" for task in columns]
+        table.writerow(["student", *names, "passed"])
         for student in students:
-            words = mark(place_of(student), output / student.name, seconds)
+            words = mark(place_of(student), output / student.name, seconds)[: len(columns)]
             table.writerow([student.name, *words, words.count("pass")])
             file.flush()
-            print(f"{student.name}: {words.count('pass')} of {len(words)} done", flush=True)
+            print(f"{student.name}: {done(words)} done", flush=True)
     print(f"{output / 'marks.csv'}, and a log for each student beside it")
 
 

@@ -52,7 +52,8 @@ DOCSTRINGS = {
     "judge_pairwise": """Ask about every pair so that the place of a summary can't decide.
 
     Returns 1.0 (ours is better), 0.5, 0.0 or None (the judge abstained) for each pair. Raises
-    ValueError on lists of unequal lengths, and on a verdict other than "A", "B" or None.
+    ValueError on lists of unequal lengths, and on a verdict other than "A", "B" or None. The judge
+    gets whole lists, one call for each order.
     """,
     "wilson_interval": """(low, high) of Wilson's interval of a share among n; (NaN, NaN) for n = 0.
 

@@ -1,9 +1,11 @@
 """Bugs to find: make a folder with one (start.py calls this), and say whether it was found.
 
-    python exercises/hunts.py handed_in/ada --bug random --seed 3     # the bug as start.py got it
+    python exercises/hunts.py handed_in/ada
 
 The referee says: the folder is mended, or not; test_hunt.py passes without the bug, and fails with
-it. It names nothing, so students may ask it themselves.
+it. It takes about a minute, and names nothing, so students may ask it themselves. Which bug it is,
+the folder's made.json says as start.py was told: where that is lost, give --bug (and --seed, and
+--level) again.
 """
 
 import argparse
@@ -42,6 +44,21 @@ def copy_project(folder):
     # an ini file of its own, or pytest would take the project's for it
     write(folder / "pytest.ini", ["[pytest]", "pythonpath = .", ""])
     return folder
+
+
+def write_record(folder, tasks, hunt=None):
+    """made.json: what is to be written in this folder, numbers of exercises or "open 1", "open 2";
+    and of a hunt what start.py was told, [bug, seed, level], which names no bug."""
+    write(folder / "made.json", [json.dumps({"tasks": tasks, "hunt": hunt}), ""])
+
+
+def read_record(folder):
+    """{"tasks": ..., "hunt": ...} of a made folder, or None where it has no such file."""
+    try:
+        made = json.loads((folder / "made.json").read_text(encoding="utf-8-sig"))
+        return {"tasks": list(made["tasks"]), "hunt": made["hunt"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def make(folder, bug):
@@ -114,14 +131,21 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, prog="hunts",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a hunt that was handed in")
-    parser.add_argument("--bug", help="which one was planted: as it was given to start.py")
-    parser.add_argument("--seed", default=None)
-    parser.add_argument("--level", type=int, choices=(1, 2, 3))
+    parser.add_argument("--bug", help="which one was planted, as it was given to start.py; default:"
+                        " what made.json says")
+    parser.add_argument("--seed", help="as it was given to start.py", default=None)
+    parser.add_argument("--level", help="as it was given to start.py", type=int, choices=(1, 2, 3))
     args = parser.parse_args(arguments)
     if not (args.folder / "test_hunt.py").exists():
         parser.error(f"{args.folder}: expected the folder of a hunt, with test_hunt.py in it")
-    referee(args.folder.resolve(),
-            choose_bug(args.bug, args.seed, args.level) if args.bug else None)
+    made = read_record(args.folder)
+    bug, seed, level = args.bug, args.seed, args.level
+    if bug is None and made and made["hunt"]:
+        bug, seed, level = made["hunt"]
+    if bug is None:
+        print(f"{args.folder}: no made.json says which bug it is, so test_hunt.py is tried without "
+              "it only; or give --bug")
+    referee(args.folder.resolve(), choose_bug(bug, seed, level) if bug else None)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ the files one folder up.
 
 import argparse
 import ast
+import random
 import re
 import shutil
 import sys
@@ -42,6 +43,12 @@ PENCIL = {4: ("3.4", "the last real token of each row", "mask 0 0 1 1 1 0 → in
           12: ("4.1", "(share − p)² = z² p (1 − p) / n", "60 of 90: 0.564 – 0.755")}
 
 
+# What the tests ask for and the docstring leaves to the comments of the solution, which are blanked
+ALSO = {1: "The result is float32 at least, however few digits the logits come with (bfloat16).",
+        2: "eos_token_id: an id, or a list of several that all end a row.",
+        6: "What lies off the mask is never read: it may be NaN."}
+
+
 @lru_cache
 def tree_of(text):
     return ast.parse(text)
@@ -61,14 +68,16 @@ def first_line(node):
 
 
 def blank(source, number, hard=False):
-    """The lines of a file with the body of exercise `number` replaced. Its docstring stays; hard:
-    there is one without the formula instead."""
+    """The lines of a file with the body of exercise `number` replaced. Its docstring stays, with
+    what else is asked for at its end; hard: there is one without the formula instead."""
     _, name, title = EXERCISES[number - 1]
     node = find(source, name)
     words = node.body[0]
     docstring = source[words.lineno - 1 : words.end_lineno]
     if hard:
         docstring = f'    """{DOCSTRINGS[name].strip()}\n    """'.split("\n")
+    if number in ALSO:
+        docstring = [*docstring[:-1], f"    {ALSO[number]}", docstring[-1]]
     return [*source[: words.lineno - 1], *docstring,
             f'    raise NotImplementedError("Exercise {number}: {title}")',
             *source[node.end_lineno :]]
@@ -104,6 +113,7 @@ def pencil_rows(numbers, hard):
 
 
 def make_blanks(folder, numbers, hard):
+    hunts.write_record(folder, numbers)
     for file in sorted({EXERCISES[number - 1][0] for number in numbers}):
         source = without_example(read(folder / file))
         for number in numbers:
@@ -123,6 +133,7 @@ def make_blanks(folder, numbers, hard):
 
 
 def make_open(folder):
+    hunts.write_record(folder, ["open 1", "open 2"])
     for name in ("open_tasks.py", "test_open_tasks.py", "conftest.py"):
         shutil.copyfile(HERE / "made" / name, folder / name)
     shutil.copyfile(HERE / "made/open.md", folder / "README.md")
@@ -146,6 +157,8 @@ def main(arguments=None):
         parser.error("--bug, --open and --exercise (or --hard) make different folders: name one")
     if args.level and args.bug != "random":
         parser.error("--level goes with --bug random")
+    if args.bug == "random" and args.seed is None:
+        args.seed = str(random.randrange(10**6))  # one that the folder can note down
     bug = None if args.bug is None else hunts.choose_bug(args.bug, args.seed, args.level)
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise SystemExit(f"start: {args.folder} is not empty: nothing is ever overwritten; name "
@@ -154,6 +167,7 @@ def main(arguments=None):
     copy_project(args.folder)
     write(args.folder / "requirements.txt", requirements())
     if bug:
+        hunts.write_record(args.folder, [], [args.bug, args.seed, args.level])
         hunts.make(args.folder, bug)
     elif args.open:
         make_open(args.folder)

@@ -1,6 +1,7 @@
 """exercises/start.py: what it blanks, what it leaves alone, and that its tests know the answers."""
 
 import ast
+import importlib.util
 import json
 import re
 import shutil
@@ -42,8 +43,11 @@ def test_one_blank(number, tmp_path):
     real, blank = lines_of(ROOT, number), lines_of(tmp_path / "one", number)
     ours, theirs = (ast.parse("\n".join(lines)).body[0] for lines in (real, blank))
     assert ast.dump(ours.args) == ast.dump(theirs.args), "the signature stays"
-    assert ast.get_docstring(ours, clean=False) == ast.get_docstring(theirs, clean=False) != None
-    assert blank == [*real[: len(blank) - 1],
+    also = [f"    {start.ALSO[number]}"] if number in start.ALSO else []
+    asked = ast.get_docstring(theirs, clean=False).split("\n")
+    assert ast.get_docstring(ours, clean=False).split("\n") == [x for x in asked if x not in also]
+    kept = len(blank) - 2 - len(also)  # the lines before the last one of the docstring
+    assert blank == [*real[:kept], *also, real[kept],
                      f'    raise NotImplementedError("Exercise {number}: {title}")']
     kept, given = ("\n".join(lines) for lines in (
         start.without_example(hunts.read(ROOT / file)), hunts.read(tmp_path / "one" / file)))
@@ -114,7 +118,7 @@ def test_a_bug_is_planted_and_not_named(number, tmp_path, capsys, monkeypatch):
     found = {path.relative_to(tmp_path / "hunt").as_posix()
              for path in (tmp_path / "hunt").rglob("*") if path.is_file()}
     assert found == {*python_files(ROOT), "pytest.ini", "test_hunt.py", "conftest.py", "README.md",
-                     "requirements.txt"}, "no test that names it"
+                     "requirements.txt", "made.json"}, "no test that names it"
     times = {path.stat().st_mtime for path in (tmp_path / "hunt").rglob("*") if path.is_file()}
     assert len(times) == 1, "the youngest file would be the one with the bug"
     said = capsys.readouterr().out
@@ -131,6 +135,39 @@ def test_a_random_bug_is_that_of_its_seed_and_level():
     for level in (1, 2, 3):
         some = {hunts.choose_bug("random", str(seed), level).name for seed in range(40)}
         assert {levels[name] for name in some} == {level}
+
+
+def test_a_made_folder_knows_what_it_is(tmp_path, monkeypatch, capsys):
+    """So that nobody has to repeat what start.py was told."""
+    planted, asked = [], []
+    monkeypatch.setattr(hunts, "make", lambda folder, bug: planted.append(bug))
+    monkeypatch.setattr(hunts, "referee", lambda folder, bug: asked.append(bug))
+    start.main([str(tmp_path / "all")])
+    start.main([str(tmp_path / "three"), "--exercise", "9", "6", "7"])
+    start.main([str(tmp_path / "open"), "--open"])
+    start.main([str(tmp_path / "hunt"), "--bug", "random", "--level", "2"])
+    assert check.tasks_of(tmp_path / "all") == check.tasks_of(tmp_path) == list(NUMBERS)
+    assert check.tasks_of(tmp_path / "three") == [6, 7, 9]
+    assert check.tasks_of(tmp_path / "open") == ["open 1", "open 2"]
+    assert check.tasks_of(tmp_path / "hunt") == []
+    (tmp_path / "hunt" / "test_hunt.py").write_text("", encoding="utf-8")
+    hunts.main([str(tmp_path / "hunt")])
+    hunts.main([str(tmp_path / "hunt"), "--bug", "3"])
+    (tmp_path / "hunt" / "made.json").write_text("{", encoding="utf-8")
+    hunts.main([str(tmp_path / "hunt")])
+    assert asked == [*planted, BUGS[3], None]
+    assert "give --bug" in capsys.readouterr().out
+
+
+def test_a_syntax_error_is_one_line(tmp_path):
+    start.main([str(tmp_path / "made"), "--exercise", "8"])
+    (tmp_path / "made" / "ppo.py").write_text("x = 1\ndef whiten(:\n", encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("made_conftest", tmp_path / "made/conftest.py")
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    with pytest.raises(pytest.Collector.CollectError) as stop:
+        conftest.pytest_pycollect_makemodule(tmp_path / "made" / "test_exercises.py")
+    assert str(stop.value) == "ppo.py, line 2: invalid syntax: `def whiten(:`"
 
 
 @pytest.mark.parametrize("arguments", [["--exercise", "13"], ["--exercise", "0"], ["--bug", "999"],
@@ -277,6 +314,27 @@ def test_a_check_never_marks_old_code(tmp_path, monkeypatch, capsys):
         assert stop.value.code
 
 
+def test_a_hunt_is_passed_over_and_what_was_given_is_not_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hunts, "run_baseline", lambda folder: None)
+    monkeypatch.setattr(check, "verdicts", lambda *_: {"test_exercise_07_gae": "PASSED"})
+    start.main(["class/ada", "--exercise", "6", "7", "9"])
+    start.main(["class/bob", "--bug", "3"])
+    path = Path("class/ada/ppo.py")
+    path.write_text(re.sub(BLANK.format("compute_gae"), r"\1    return 0\n", path.read_text(
+        encoding="utf-8"), flags=re.S), encoding="utf-8")
+    check.main(["class"])
+    said = capsys.readouterr().out
+    assert "class/bob: this is a hunt, so it is not marked: use hunts.py" in said
+    assert "ada: 1 of 3 done" in said
+    rows = Path("checked-1/marks.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[1:] == ["ada," + "given," * 5 + "blank,pass,given,blank," + "given," * 3 + "1"]
+    assert "whiten" not in Path("checked-1/ada.log").read_text(encoding="utf-8")
+    shutil.rmtree("class/ada")
+    with pytest.raises(SystemExit, match="nothing to mark"):
+        check.main(["class"])
+
+
 # ---------------------------------------------------------------------------- slow: its own tests
 
 
@@ -305,6 +363,28 @@ def test_a_class_is_marked(tmp_path, monkeypatch, capsys):
     assert marks["di"][0][7] == "fail"
     log = (tmp_path / "checked-1" / "bob.log").read_text()
     assert "0 of 12 done" in log and "still blank" not in log and "During handling" not in log
+
+
+@pytest.mark.slow
+def test_open_tasks_are_marked(tmp_path, monkeypatch, capsys):
+    """Ada has both; Bob's second one has no end; Cy has the exercises 7 and 8, still blank."""
+    monkeypatch.chdir(tmp_path)
+    source = (ROOT / "tests/open_answers.py").read_text(encoding="utf-8").split("\n# (what")[0]
+    start.main(["class/ada", "--open"])
+    start.main(["class/bob", "--open"])
+    start.main(["class/cy", "--exercise", "7", "8"])
+    Path("class/ada/open_tasks.py").write_text(source, encoding="utf-8")
+    endless = source.replace("for _ in range(epochs):", "while True:")
+    Path("class/bob/open_tasks.py").write_text(endless.replace("return -r", "return r"),
+                                               encoding="utf-8")
+    check.main(["class", "--seconds", "20"])
+    rows = Path("checked-1/marks.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[0].endswith(",open 1,open 2,passed")
+    assert rows[1] == "ada," + "given," * 12 + "pass,pass,2"
+    assert rows[2] == "bob," + "given," * 12 + "fail,time,0"
+    assert rows[3] == "cy," + "given," * 6 + "blank,blank," + "given," * 6 + "0"
+    said = capsys.readouterr().out
+    assert "ada: 2 of 2 done" in said and "cy: 0 of 2 done" in said
 
 
 @pytest.mark.slow

@@ -47,6 +47,12 @@ WRONG = [
          "None]).squeeze(-1)", "at their own token"),
     wrong(1, "the first logits dropped", "logits[:, :-1].to", "logits[:, 1:].to",
           "at their own token"),
+    body(1, "shifted back", "log_probs = F.log_softmax(logits[:, 1:].float() / temperature, -1)\n"
+         "    return log_probs.gather(-1, labels[:, :-1, None])[..., 0]", "shifted"),
+    wrong(1, "the last column of both", SHIFTED, SHIFTED.replace("1:, None", ":-1, None"),
+          "at their own token"),
+    wrong(1, "the likeliest", SHIFTED, "return log_probs.max(-1).values", "likeliest"),
+    wrong(1, "summed", SHIFTED, SHIFTED + ".sum(-1)", "sum|wrong shape"),
     wrong(1, "sign", SHIFTED, SHIFTED.replace("return ", "return -"), "sign"),
     wrong(1, "logits", SOFTMAX, "logits / temperature", "no log_softmax"),
     wrong(1, "probabilities", SOFTMAX, "F.softmax(logits / temperature, dim=-1)", "probabilities"),
@@ -80,6 +86,18 @@ WRONG = [
     wrong(2, "always 9", "is_eos(responses, eos_token_id)", "is_eos(responses, 9)", "eos_token_id"),
     wrong(2, "never ended", MASK, "return torch.arange(ends.shape[1]) <= ends.argmax(1)[:, None]",
           "without EOS"),
+    wrong(2, "only EOS", MASK, "return ends == 0", "nothing else"),
+    wrong(2, "up to the second EOS", MASK, "return ends.cumsum(1) <= 1", "second one"),
+    wrong(2, "over the batch", MASK, MASK.replace("cumsum(1)", "cumsum(0)"), "down the batch"),
+    wrong(2, "one id", "is_eos(responses, eos_token_id)", "(responses == eos_token_id)",
+          "get AttributeError"),
+    wrong(2, "the first id", "is_eos(responses, eos_token_id)", "(responses == "
+          "torch.as_tensor(eos_token_id).flatten()[0])", "first of several"),
+    body(2, "a loop for one id", """rows = []
+    for row in responses.tolist():
+        end = row.index(eos_token_id) if eos_token_id in row else len(row)
+        rows.append([t <= end for t in range(len(row))])
+    return torch.tensor(rows)""", "none of the ids"),
     wrong(2, "inverted", MASK, "return ends.cumsum(1) - ends != 0", "exchanged"),
     wrong(2, "no return", MASK, MASK.replace("return ", ""), "None"),
     wrong(2, "in place", MASK, "responses[ends.cumsum(1) - ends != 0] = -1\n"
@@ -102,7 +120,11 @@ WRONG = [
     wrong(3, "mean inside", PREFERENCE, "return -F.logsigmoid((chosen - rejected).mean())",
           "before"),
     wrong(3, "half detached", "chosen - rejected).mean", "chosen - rejected.detach()).mean", ""),
-    wrong(3, "hinge", PREFERENCE, "return F.relu(1 - chosen + rejected).mean()", ""),
+    wrong(3, "hinge", PREFERENCE, "return F.relu(1 - chosen + rejected).mean()", "hinge"),
+    wrong(3, "DPO's beta", PREFERENCE, PREFERENCE.replace("(chosen - rejected)", "(0.1 * (chosen - "
+          "rejected))"), "DPO"),
+    wrong(3, "each by itself", PREFERENCE, "return -(F.logsigmoid(chosen) + F.logsigmoid(-rejected)"
+          ").mean()", "by itself"),
     wrong(3, "gap clamped", PREFERENCE, "return -F.logsigmoid((chosen - rejected).clamp(-20, 20))"
           ".mean()", "clamp"),
     wrong(3, "no return", PREFERENCE, PREFERENCE.replace("return ", ""), "None"),
@@ -114,6 +136,7 @@ WRONG = [
     wrong(4, "counted", LAST, "return attention_mask.sum(1) - 1", "counted"),
     wrong(4, "first pad", LAST, "return (attention_mask == 0).long().argmax(1) - 1", "first pad"),
     wrong(4, "one too far", LAST, LAST + " + 1", "one too far"),
+    wrong(4, "over the batch", LAST, LAST.replace("argmax(1)", "argmax(0)"), "column"),
     wrong(4, "first", LAST, "return attention_mask.argmax(1)", "first real token"),
     wrong(4, "float", LAST, LAST + ".float()", "index"),
     wrong(4, "keepdim", LAST, LAST.replace("argmax(1)", "argmax(1, keepdim=True)"), "wrong shape"),
@@ -141,7 +164,9 @@ WRONG = [
     wrong(5, "gradient", SHIFT, "reward_model.reference_mean = reward_model.reference_mean + "
           "reward_model.weight * 0 + scores.mean()", "gradient"),
     wrong(5, "spread", SHIFT, SHIFT + "\n    reward_model.weight.data /= scores.std()", "spread"),
-    wrong(5, "the last one", SHIFT, SHIFT.replace("scores.mean()", "scores[-1]"), ""),
+    wrong(5, "the last one", SHIFT, SHIFT.replace("scores.mean()", "scores[-1]"), "one score"),
+    wrong(5, "the first one", SHIFT, SHIFT.replace("scores.mean()", "scores[0]"), "first score"),
+    wrong(5, "half of it", SHIFT, SHIFT.replace("scores.mean()", "0.5 * scores.mean()"), "half"),
     # ------------------------------------------------------------------------ 6
     wrong(6, "sign", KL, KL.replace("-kl_beta", "kl_beta"), "sign of the KL"),
     wrong(6, "every token", PAY, "return rewards + scores[:, None] * mask", "every token"),
@@ -182,7 +207,17 @@ WRONG = [
           ":-1] & ~mask[:, 1:]\n    return rewards + scores[:, None] * edge"),
     wrong(6, "clipped score", PAY, PAY.replace("scores[", "scores.clamp(-1, 1)[")),
     wrong(6, "absolute", KL, KL.replace("log_probs - ref_log_probs", "(log_probs - ref_log_probs)"
-          ".abs()")),
+          ".abs()"), "absolute"),
+    wrong(6, "cut off", KL, KL.replace("log_probs - ref_log_probs", "(log_probs - ref_log_probs)"
+          ".clamp(min=0)"), "cut the log-ratios"),
+    wrong(6, "weighted", KL, KL.replace("log_probs - ref_log_probs", "log_probs.exp() * (log_probs "
+          "- ref_log_probs)"), "weighted"),
+    wrong(6, "a quotient", KL, KL.replace("log_probs - ref", "log_probs / ref"), "divided"),
+    wrong(6, "mean KL", KL, KL + " / mask.sum(1, keepdim=True)", "length"),
+    wrong(6, "shared out", PAY, "return rewards + (scores / mask.sum(1))[:, None] * mask",
+          "shared"),
+    wrong(6, "mask multiplied", KL, "rewards = -kl_beta * mask * (log_probs - ref_log_probs)",
+          "padding in, which is NaN"),
     wrong(6, "reward per summary", PAY, PAY + ".sum(1)", "one reward a summary"),
     # ------------------------------------------------------------------------ 7
     wrong(7, "lambda ignored", NEXT, "delta + gamma * next_advantage", "lambda"),
@@ -201,6 +236,18 @@ WRONG = [
           "next_advantage = torch.zeros_like(values[:, 0])\n    next_value = values[:, -1]",
           "after the last action"),
     wrong(7, "forwards", "reversed(range(values.shape[1]))", "range(values.shape[1])", "forwards"),
+    body(7, "forwards, right deltas", """rewards, values = rewards * mask, values * mask
+    after = torch.cat([values[:, 1:], 0 * values[:, :1]], 1)
+    advantages = (rewards + gamma * after - values) * mask
+    for t in range(1, mask.shape[1]):
+        advantages[:, t] += gamma * lam * advantages[:, t - 1] * mask[:, t]
+    return advantages, advantages + values""", "forwards"),
+    wrong(7, "t = 0 is left out", "reversed(range(values.shape[1]))", "range(values.shape[1] - 1, "
+          "0, -1)", "t = 0"),
+    wrong(7, "A - V", GAE, GAE.replace("+ values", "- values"), r"A \+ V"),
+    wrong(7, "plus V", DELTA, DELTA.replace("- values", "+ values"), "add V"),
+    wrong(7, "1 - lambda", NEXT, NEXT.replace("lam", "(1 - lam)"), "1 - lambda"),
+    wrong(7, "lambda is .95", NEXT, NEXT.replace("lam", "0.95"), "do not use lam"),
     wrong(7, "constants", ZEROED, "    gamma, lam = 1.0, 0.95\n" + ZEROED, "do not use"),
     wrong(7, "rows averaged", GAE, "advantages = advantages.mean(0, keepdim=True)"
           ".expand_as(advantages)\n    " + GAE, ""),
@@ -238,7 +285,15 @@ WRONG = [
     wrong(8, "no 1e-8", WHITE, WHITE.replace(" + 1e-8", ""), "0 / 0"),
     wrong(8, "1e-8 outside", WHITE, "return zero_off(mask, (x - mean) / (variance.sqrt() + 1e-8))",
           "under the root"),
-    wrong(8, "1e-5", WHITE, WHITE.replace("1e-8", "1e-5")),
+    wrong(8, "1e-5", WHITE, WHITE.replace("1e-8", "1e-5"), "1e-5"),
+    body(8, "zeros in the mean", "x = x * mask\n    x = (x - x.mean()) * mask\n"
+         "    return x * torch.rsqrt(masked_mean(x**2, mask) + 1e-8)", "as zeros"),
+    body(8, "zeros in both", "x = x * mask\n    return (x - x.mean()) / (x.std() + 1e-8) * mask",
+         "as zeros"),
+    wrong(8, "square of x", "masked_mean((x - mean) ** 2, mask)", "masked_mean(x**2, mask)",
+          r"x\^2"),
+    body(8, "not zero, of junk", "mean = masked_mean(x, mask)\n    return (x - mean) * torch.rsqrt("
+         "masked_mean((x - mean) ** 2, mask) + 1e-8)", "off the mask"),
     wrong(8, "first axis", "mean = masked_mean(x, mask)", "mean = x[0][mask[0]].mean()"),
     wrong(8, "not zero", WHITE, "return (x - mean) * torch.rsqrt(variance + 1e-8)", "off the mask"),
     wrong(8, "in place", "x = zero_off(mask, x)", "x *= mask", "changed"),
@@ -294,6 +349,19 @@ WRONG = [
           "mask))", "width"),
     # ------------------------------------------------------------------------ 10
     wrong(10, "no half", HALVED, LOSS, "1/2"),
+    wrong(10, "both errors", HALVED, "loss = 0.5 * masked_mean(plain + clipped, mask)",
+          "sum of the two"),
+    wrong(10, ">=", SHARE, SHARE.replace(">", ">="), "equal"),
+    wrong(10, "absolute errors", HALVED, "plain, clipped = plain**.5, clipped**.5\n    " + HALVED,
+          "absolute"),
+    wrong(10, "Huber", HALVED, "h = torch.nn.functional.smooth_l1_loss\n    loss = 0.5 * "
+          "masked_mean(torch.max(h(values, returns, reduction='none'), h(near_old, returns, "
+          "reduction='none')), mask)", "Huber"),
+    wrong(10, "V itself", NEAR, "near_old = values.clamp(-clip_range, clip_range)", "V itself"),
+    wrong(10, "the change", NEAR, "near_old = (values - old_values).clamp(-clip_range, clip_range)",
+          "change of V"),
+    wrong(10, "old near V", NEAR, "near_old = old_values.clamp(values - clip_range, values + "
+          "clip_range)", "old value around V"),
     wrong(10, "smaller", HALVED, HALVED.replace("max(", "min("), "smaller"),
     wrong(10, "never", "clipped = (near_old - returns) ** 2", "clipped = plain", "never clip"),
     wrong(10, "always", HALVED, "loss = 0.5 * masked_mean(clipped, mask)", "always"),
@@ -303,6 +371,8 @@ WRONG = [
           "loss = 0.5 * (torch.max(plain, clipped).sum(1) / mask.sum(1)).mean()", "row means"),
     wrong(10, "width", HALVED, "loss = 0.5 * torch.max(plain, clipped).mean()", "width"),
     wrong(10, "clip is .2", NEAR, NEAR.replace("clip_range", "0.2"), "clip_range"),
+    wrong(10, "clipped halved", HALVED, "loss = masked_mean(torch.max(plain, 0.5 * clipped), mask)",
+          "1/2"),
     wrong(10, "detached", HALVED, HALVED + ".detach()", "no gradient"),
     wrong(10, "outside", SHARE, SHARE.replace("clipped > plain", "(values - old_values).abs() > "
           "clip_range"), "outside the range"),
@@ -347,6 +417,21 @@ WRONG = [
          "    if (set(first) | set(second)) - {'A', 'B', None}: raise ValueError('verdict')\n"
          "    return [None if None in pair else ((pair[0] == 'A') + (pair[1] == 'B')) / 2\n"
          "            for pair in zip(first, second)]", "one pair"),
+    body(11, "post by post", """if not len(posts) == len(ours) == len(theirs):
+        raise ValueError("unequal")
+    outcomes = []
+    for post, a, b in zip(posts, ours, theirs):
+        first, second = judge([post], [a], [b])[0], judge([post], [b], [a])[0]
+        if not {first, second} <= {"A", "B", None}:
+            raise ValueError("no verdict")
+        if first is None or second is None:
+            outcomes.append(None)
+        else:
+            outcomes.append(0.5 if first == second else float(first == "A"))
+    return outcomes""", "6 times about 3 pairs"),
+    wrong(11, "not halved", VOTES, VOTES.replace(" / 2", ""), "halve"),
+    wrong(11, "lists turned round", "judge(posts, theirs, ours)", "judge(posts[::-1], theirs[::-1],"
+          " ours[::-1])", "turned the lists"),
     wrong(11, "posts are lost", "judge(posts, theirs", "judge(posts[::-1], theirs", ""),
     # ------------------------------------------------------------------------ 12
     wrong(12, "plain", "center = (share + z**2 / (2 * n)) / (1 + z**2 / n)\n    " + HALF,
@@ -359,6 +444,18 @@ WRONG = [
     wrong(12, "center is the share", "center = (share + z**2 / (2 * n)) / (1 + z**2 / n)",
           "center = share", "centre"),
     wrong(12, "second term", HALF, HALF.replace(" + z**2 / (4 * n**2)", ""), r"z\^2"),
+    wrong(12, "half not divided", HALF, HALF.replace("z / (1 + z**2 / n)", "z"), "divide half"),
+    wrong(12, "no z before the root", HALF, HALF.replace("z /", "1 /"), "left out the z"),
+    wrong(12, "z^2 before the root", HALF, HALF.replace("z /", "z**2 /"), "squared the z"),
+    wrong(12, "z in the centre", "share + z**2 /", "share + z /", "z in the centre"),
+    wrong(12, "z under the root", HALF, HALF.replace("+ z**2 / (4", "+ z / (4"),
+          "z under the root"),
+    wrong(12, "n under the root", HALF, HALF.replace("n**2", "n"), "square n"),
+    wrong(12, "share is the centre's top", "(share + z**2 / (2 * n))", "share", "in the centre"),
+    wrong(12, "Agresti-Coull", HALF, "half = z * math.sqrt(center * (1 - center) / (n + z**2))",
+          "Agresti"),
+    wrong(12, "percent", "return max(center - half, 0.0), min(center + half, 1.0)",
+          "return 100 * (center - half), 100 * (center + half)", "percent"),
     wrong(12, "a whole number of wins", "if n == 0", "if n:\n        share = int(share * n) / n\n"
           "    if n == 0", ""),
     wrong(12, "one end", "return max(center - half, 0.0), min(center + half, 1.0)",
@@ -384,12 +481,11 @@ RIGHT = [
     return -losses.view(len(labels), -1)"""),
     body(1, "one-hot", """one = F.one_hot(labels[:, 1:], logits.shape[-1])
     return (F.log_softmax(logits[:, :-1].float() / temperature, -1) * one).sum(-1)"""),
-    body(2, "a loop", """rows = []
+    body(2, "a loop", """ends, mask = torch.as_tensor(eos_token_id).reshape(-1).tolist(), []
     for row in responses.tolist():
-        end = row.index(eos_token_id) if eos_token_id in row else len(row)
-        rows.append([t <= end for t in range(len(row))])
-    return torch.tensor(rows)"""),
-    body(2, "shifted", """ended = (responses == eos_token_id).cumsum(1) > 0
+        mask.append([not set(row[:t]) & set(ends) for t in range(len(row))])
+    return torch.tensor(mask)"""),
+    body(2, "shifted", """ended = is_eos(responses, eos_token_id).cumsum(1) > 0
     return ~torch.cat([torch.zeros_like(ended[:, :1]), ended[:, :-1]], 1)"""),
     body(3, "softplus", "return F.softplus(rejected - chosen).mean()"),
     body(3, "logaddexp", "gap = chosen - rejected\n"
@@ -417,11 +513,11 @@ RIGHT = [
         rewards[b, n - 1] += scores[b]
     return rewards"""),
     body(6, "arange", """n = mask.long().sum(1)
-    rewards = -kl_beta * (log_probs - ref_log_probs) * mask
+    rewards = (-kl_beta * (log_probs - ref_log_probs)).masked_fill(mask == 0, 0)
     rewards[torch.arange(len(n)), n - 1] += scores
     return rewards"""),
     body(6, "one-hot", """last = F_one(mask.long().sum(1) - 1, mask.shape[1])
-    return scores[:, None] * last + kl_beta * (ref_log_probs - log_probs) * mask"""
+    return scores[:, None] * last + torch.where(mask, kl_beta * (ref_log_probs - log_probs), 0)"""
          .replace("F_one", "torch.nn.functional.one_hot")),
     body(7, "row by row", """advantages = torch.zeros_like(values)
     for b in range(len(values)):
@@ -465,18 +561,6 @@ RIGHT = [
     errors = torch.stack([(values - returns) ** 2, (near - returns) ** 2])
     kept = mask.bool()
     return errors.amax(0)[kept].mean() / 2, (errors[1] > errors[0])[kept].double().mean()"""),
-    body(11, "post by post", """if not len(posts) == len(ours) == len(theirs):
-        raise ValueError("unequal")
-    outcomes = []
-    for post, a, b in zip(posts, ours, theirs):
-        first, second = judge([post], [a], [b])[0], judge([post], [b], [a])[0]
-        if not {first, second} <= {"A", "B", None}:
-            raise ValueError("no verdict")
-        if first is None or second is None:
-            outcomes.append(None)
-        else:
-            outcomes.append(0.5 if first == second else float(first == "A"))
-    return outcomes"""),
     body(11, "the second order first", """if not len(posts) == len(ours) == len(theirs):
         raise ValueError("unequal")
     turned = judge(posts, theirs, ours)

@@ -1,5 +1,6 @@
 """What pytest needs to know of this folder. It counts what is done: "9 of 12 done"."""
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -13,9 +14,17 @@ passed, failed = set(), set()  # of these, by number
 
 def pytest_pycollect_makemodule(module_path):
     """Several such folders may be tested together, and each has an lm.py, a ppo.py, ... So forget
-    those of another folder before the tests of this one import theirs."""
+    those of another folder before the tests of this one import theirs. And say in one line where a
+    file of this folder is no Python."""
     if HERE not in module_path.resolve().parents:
         return
+    for path in HERE.glob("*.py"):
+        try:
+            ast.parse(path.read_bytes())
+        except SyntaxError as error:  # pytest would show its own way to it as well
+            line = (error.text or "").strip()
+            raise pytest.Collector.CollectError(
+                f"{path.name}, line {error.lineno}: {error.msg}: `{line}`") from None
     ours = {".".join(path.relative_to(HERE).with_suffix("").parts) for path in HERE.rglob("*.py")}
     for name in (ours | {"engine"}) - {"conftest"}:
         file = getattr(sys.modules.get(name), "__file__", None)
