@@ -2,12 +2,12 @@
 
     python figures/symptoms.py --healthy runs/seeds     # folders of default runs, one for each seed
 
---healthy: what `python benchmarks/seeds.py --output_dir runs/seeds` leaves. The grey band of a panel
-is where those runs are, from the lowest to the highest. Each bug is one of exercises/bugs.py,
+--healthy: what `python benchmarks/seeds.py --output_dir runs/seeds` leaves. The grey band of a
+panel is where those runs are, from the lowest to the highest. Each bug is one of exercises/bugs.py,
 planted in a copy of the project, which then runs with three of those seeds, from their SFT model
-and, where the bug comes after it, their reward model. All points go to symptoms.json; report.md of a run
-draws the band behind its own curves. --seeds with no seed after it makes the band alone, in a
-second; the 24 runs take about half an hour on two cores.
+and, where the bug comes after it, their reward model. The last row is no bug, but a labeler. All
+points go to symptoms.json; report.md of a run draws the band behind its own curves. --seeds with no
+seed after it makes the band alone, in a second; the 24 runs take about half an hour on two cores.
 """
 
 import argparse
@@ -37,8 +37,8 @@ CURVES = {  # stage and name of a number in metrics.jsonl -> what stands above i
     ("ppo", "policy_clip_fraction"): "clip fraction", ("ppo", "value_loss"): "value loss",
     ("judge", "true_quality"): "true quality", ("judge", "vs_reference_win_rate"): "win rate"}
 # What leaves these ranges is drawn along the border, or one row would flatten the others
-RANGES = {"reward": (-2, 2), "kl_per_summary": (-5, 30), "length": (0, 48), "entropy": (0, 2),
-          "policy_clip_fraction": (0, 0.4), "value_loss": (0, 8), "true_quality": (-2, 5),
+RANGES = {"reward": (-2, 4), "kl_per_summary": (-5, 30), "length": (0, 48), "entropy": (0, 2),
+          "policy_clip_fraction": (0, 0.4), "value_loss": (0, 8), "true_quality": (-4, 5),
           "vs_reference_win_rate": (0, 1)}
 
 @dataclass
@@ -50,33 +50,44 @@ class Sick:
 
 
 SICK = (
-    Sick("the sign of the KL", 
-         "KL and length run away within ten updates, and the reward ends at -1, as no summary ends any "
-         "more: distance is paid for instead of punished. Look at kl_penalized_rewards: minus beta, "
-         "times log pi_RL minus log pi_SFT, in this order."),
-    Sick("the score is paid at every token", 
-         "The value loss is far above the band from the first update on, KL and length stay above it, "
-         "and the win rate falls while the reward looks healthy: each token earns the score, so that "
-         "longer earns more. Look at where the score is added: once, at the last action."),
-    Sick("EOS is not an action", 
+    Sick("the sign of the KL",
+         "KL and length run away within ten updates, and the reward ends at -1, as no summary "
+         "ends any more: distance is paid for instead of punished. Look at kl_penalized_rewards: "
+         "minus beta, times log pi_RL minus log pi_SFT, in this order."),
+    Sick("the score is paid at every token",
+         "The value loss is far above the band from the first update on, KL and length stay "
+         "above it, and the win rate falls while the reward looks healthy: each token earns the "
+         "score, so that longer earns more. Look at where the score is added: once, at the last "
+         "action."),
+    Sick("EOS is not an action",
          "The reward is -1 and never moves, the entropy is twenty times too high, and at first a "
-         "quarter of the actions is clipped: no summary counts as ended, and greedy ones stay what they "
-         "were. Look at get_response_mask: up to and with the first EOS."),
-    Sick("lambda is ignored", 
-         "No curve leaves the band by more than seeds differ: the advantages are only noisier. No "
-         "picture finds this one. The pencil test of compute_gae does, as its lambda is not 1."),
-    Sick("the reference is the policy itself", 
-         "KL is exactly 0 in every update, which no policy that learns can have. All else may look "
-         "healthy, and one of three runs gets worse, as nothing holds the policy. Look at "
+         "quarter of the actions is clipped: no summary counts as ended, and greedy ones stay "
+         "what they were. Look at get_response_mask: up to and with the first EOS."),
+    Sick("lambda is ignored",
+         "No curve leaves the band by more than seeds differ: the advantages are only noisier. "
+         "No picture finds this one. The pencil test of compute_gae does, as its lambda is not "
+         "1."),
+    Sick("the reference is the policy itself",
+         "KL is exactly 0 in every update, which no policy that learns can have. All else may "
+         "look healthy, and one of three runs gets worse, as nothing holds the policy. Look at "
          "other_networks: the reference is a frozen copy."),
-    Sick("nothing is clipped", 
-         "At a rate of 1e-3 instead of 3e-4 KL and length jump within ten updates, in two of three runs "
-         "the entropy then goes, and the win rate stays low; the clip fraction is exactly 0. Look at "
-         "policy_loss: the larger one of the plain and the clipped loss.", ("--ppo_lr", "1e-3")),
-    Sick("the preference loss has chosen and rejected swapped", 
-         "SWAPPED", (), True),
-    Sick("labelers who pay for length (no bug, but --toy_length_bias 0.5)",
-         "LONG", ("--toy_length_bias", "0.5"), True),
+    Sick("nothing is clipped",
+         "At a rate of 1e-3 instead of 3e-4 KL and length jump within ten updates, in two of "
+         "three runs the entropy then goes, and the win rate stays low; the clip fraction is "
+         "exactly 0. Look at policy_loss: the larger one of the plain and the clipped loss.",
+         ("--ppo_lr", "1e-3")),
+    Sick("the preference loss has chosen and rejected swapped",
+         "The reward climbs to 2 - 4, far beyond the band, and the win rate is near 0 from the "
+         "tenth update on: what people rejected is rewarded. Look at preference_loss, r(chosen) "
+         "- r(rejected), and at the reward model's accuracy in the first lines of a run: below "
+         "one half.",
+         (), True),
+    Sick("labelers who pay for length",
+         "No bug, but --toy_length_bias 0.5. Reward and length rise above the band within ten "
+         "updates and stay there, while true quality and win rate stay in it: the reward is for "
+         "words, and the policy adds an aside. Look at the words in the table of win rates, and "
+         "at length_controlled in results.json.",
+         ("--toy_length_bias", "0.5"), True),
 )
 
 
