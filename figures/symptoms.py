@@ -33,9 +33,10 @@ from hunts import copy_project
 
 CURVES = {  # stage and name of a number in metrics.jsonl -> what stands above its panels
     ("ppo", "reward"): "reward", ("ppo", "kl_per_summary"): "KL, nats per summary",
-    ("ppo", "length"): "length, tokens", ("ppo", "entropy"): "entropy, nats",
+    ("ppo", "length"): "length, tokens", ("ppo", "entropy"): "entropy of a token, nats",
     ("ppo", "policy_clip_fraction"): "clip fraction", ("ppo", "value_loss"): "value loss",
-    ("judge", "true_quality"): "true quality", ("judge", "vs_reference_win_rate"): "win rate"}
+    ("judge", "true_quality"): "true quality, greedy",
+    ("judge", "vs_reference_win_rate"): "win rate against references"}
 # What leaves these ranges is drawn along the border, or one row would flatten the others
 RANGES = {"reward": (-2, 4), "kl_per_summary": (-5, 30), "length": (0, 48), "entropy": (0, 2),
           "policy_clip_fraction": (0, 0.4), "value_loss": (0, 8), "true_quality": (-4, 5),
@@ -44,49 +45,53 @@ RANGES = {"reward": (-2, 4), "kl_per_summary": (-5, 30), "length": (0, 48), "ent
 @dataclass
 class Sick:
     bug: str  # its name in exercises/bugs.py; any other name where only the settings are sick
+    look: str  # the numbers that tell it best: their panels have a frame
     told: str  # what one sees, what it is, where to look
     settings: tuple = ()  # of its runs
     new_reward_model: bool = False  # the bug comes before the reward model: it is trained again
 
 
 SICK = (
-    Sick("the sign of the KL",
-         "KL and length run away within ten updates, and the reward ends at -1, as no summary "
-         "ends any more: distance is paid for instead of punished. Look at kl_penalized_rewards: "
-         "minus beta, times log pi_RL minus log pi_SFT, in this order."),
-    Sick("the score is paid at every token",
-         "The value loss is far above the band from the first update on, KL and length stay "
-         "above it, and the win rate falls while the reward looks healthy: each token earns the "
-         "score, so that longer earns more. Look at where the score is added: once, at the last "
-         "action."),
-    Sick("EOS is not an action",
-         "The reward is -1 and never moves, the entropy is twenty times too high, and at first a "
-         "quarter of the actions is clipped: no summary counts as ended, and greedy ones stay "
-         "what they were. Look at get_response_mask: up to and with the first EOS."),
-    Sick("lambda is ignored",
-         "No curve leaves the band by more than seeds differ: the advantages are only noisier. "
-         "No picture finds this one. The pencil test of compute_gae does, as its lambda is not "
-         "1."),
-    Sick("the reference is the policy itself",
+    Sick("the sign of the KL", "kl_per_summary length",
+         "KL and length run away within fifteen updates, and the reward ends at -1, as no "
+         "summary ends any more: distance from the SFT model is rewarded instead of punished. "
+         "Look at kl_penalized_rewards: minus beta, times log pi_RL minus log pi_SFT, in this "
+         "order."),
+    Sick("the score is paid at every token", "value_loss",
+         "The value loss is four times the band's and more, in every update. KL and length stay "
+         "above the band, and the win rate falls below it while the reward looks healthy: each "
+         "token earns the score, so that longer earns more. Look at where the score is added: "
+         "once, at the last action."),
+    Sick("EOS is not an action", "reward entropy",
+         "The reward is -1 and never moves, and the entropy begins at 7 nats: no summary counts "
+         "as ended, and what is drawn after its end counts as written. More than a quarter of "
+         "the actions are clipped at first, and greedy summaries hardly change. Look at "
+         "get_response_mask: up to and with the first EOS."),
+    Sick("lambda is ignored", "",
+         "The curves stay at the band, a little above it in value loss and entropy, as other "
+         "seeds would: the advantages are only noisier. No picture finds this one. The pencil "
+         "test of compute_gae does, as its lambda is not 1."),
+    Sick("the reference is the policy itself", "kl_per_summary",
          "KL is exactly 0 in every update, which no policy that learns can have. All else may "
-         "look healthy, and one of three runs gets worse, as nothing holds the policy. Look at "
-         "other_networks: the reference is a frozen copy."),
-    Sick("nothing is clipped",
-         "At a rate of 1e-3 instead of 3e-4 KL and length jump within ten updates, in two of "
-         "three runs the entropy then goes, and the win rate stays low; the clip fraction is "
-         "exactly 0. Look at policy_loss: the larger one of the plain and the clipped loss.",
+         "look healthy: one of three runs ends far worse, one dips, as nothing holds the policy. "
+         "Look at other_networks: the reference is a frozen copy."),
+    Sick("nothing is clipped", "policy_clip_fraction kl_per_summary",
+         "The clip fraction is exactly 0, although the rate is 1e-3 instead of 3e-4. KL jumps "
+         "within ten updates, and the win rate stays below the band; in two of three runs the "
+         "entropy falls to about a third. Look at policy_loss: the larger one of the plain and "
+         "the clipped loss.",
          ("--ppo_lr", "1e-3")),
-    Sick("the preference loss has chosen and rejected swapped",
-         "The reward climbs to 2 - 4, far beyond the band, and the win rate is near 0 from the "
-         "tenth update on: what people rejected is rewarded. Look at preference_loss, r(chosen) "
-         "- r(rejected), and at the reward model's accuracy in the first lines of a run: below "
-         "one half.",
+    Sick("the preference loss has chosen and rejected swapped", "reward vs_reference_win_rate",
+         "The reward climbs to 2 - 4, far beyond the band, and so does the KL, while the win "
+         "rate is below .25 after ten updates and ends at 0: what people rejected is rewarded. "
+         "Look at preference_loss, r(chosen) - r(rejected), and at the reward model's accuracy "
+         "in the first lines of a run: below one half.",
          (), True),
-    Sick("labelers who pay for length",
+    Sick("labelers who pay for length", "reward length",
          "No bug, but --toy_length_bias 0.5. Reward and length rise above the band within ten "
-         "updates and stay there, while true quality and win rate stay in it: the reward is for "
-         "words, and the policy adds an aside. Look at the words in the table of win rates, and "
-         "at length_controlled in results.json.",
+         "updates and stay there, while true quality and win rate stay near it: the reward is "
+         "for words, and the policy adds an aside. Look at the words in the table of win rates, "
+         "and at length_controlled in results.json.",
          ("--toy_length_bias", "0.5"), True),
 )
 
@@ -138,15 +143,15 @@ def draw(path, healthy, runs):
     """A row of panels for each bug, a column for each number, the same axes down a column."""
     from matplotlib.figure import Figure
 
-    from engine.report import GREY, VERMILION
+    from engine.report import BLACK, GREY, VERMILION
 
-    fig = Figure((2.1 * len(CURVES), 2.2 * len(SICK)))
-    fig.subplots_adjust(left=0.03, right=0.99, top=0.95, bottom=0.05, hspace=0.8, wspace=0.25)
+    fig = Figure((2.1 * len(CURVES), 2.5 * len(SICK)))
+    fig.subplots_adjust(left=0.03, right=0.99, top=0.95, bottom=0.04, hspace=1.05, wspace=0.25)
     rows = fig.subplots(len(SICK), len(CURVES), sharex=True, sharey="col")
     for i, (row, sick) in enumerate(zip(rows, SICK)):
         for axis, ((_, key), title) in zip(row, CURVES.items()):
             axis.fill_between(*zip(*healthy[key]), color=GREY, alpha=0.35, linewidth=0)
-            low, high = RANGES[key]
+            (low, high), framed = RANGES[key], key in sick.look.split()
             for run in runs:
                 if run["bug"] == sick.bug and run["curves"][key]:
                     steps, numbers = zip(*run["curves"][key])
@@ -156,13 +161,16 @@ def draw(path, healthy, runs):
             axis.tick_params(labelsize="x-small", labelbottom=True)
             margin = 0.05 * (high - low)  # a line along the border can be seen
             axis.set_ylim(low - margin, high + margin)
-            if i == 0:
-                axis.set_title(title, fontsize="small")
-        told = f"{sick.bug.upper()}. {sick.told}"
-        row[0].annotate(textwrap.fill(told, 210), (0, -0.28), xycoords="axes fraction", va="top",
-                        fontsize="medium")
-    fig.suptitle("Curves of PPO with one bug each (three seeds), and where healthy runs are (grey)",
-                 fontweight="bold")
+            axis.set_title(title, fontsize="x-small", color=BLACK if framed else GREY)
+            if framed:
+                for spine in axis.spines.values():
+                    spine.set_linewidth(2)
+        row[0].annotate(f"{i + 1}. {sick.bug}", (0, 1.2), xycoords="axes fraction",
+                        fontweight="bold")
+        row[0].annotate(textwrap.fill(sick.told, 210), (0, -0.25), xycoords="axes fraction",
+                        va="top")
+    fig.suptitle("PPO with one fault a row: three runs in red, ten healthy runs in grey, over 40 "
+                 "updates; a line at the edge is beyond it", fontweight="bold")
     fig.savefig(path, dpi=90)
 
 

@@ -46,6 +46,46 @@ def test_the_committed_band_is_that_of_ten_runs():
     assert told["healthy"]["kl_per_summary"][0] == [0, 0, 0]
 
 
+def test_the_committed_runs_bear_the_sentences_out():
+    told = json.loads((symptoms.HERE / "symptoms.json").read_text(encoding="utf-8"))
+    runs = {sick.bug: [] for sick in symptoms.SICK}
+    for run in told["runs"]:  # numbers by name, without their updates
+        runs[run["bug"]].append({name: [y for _, y in curve]
+                                 for name, curve in run["curves"].items()})
+    assert all(len(some) == 3 for some in runs.values()) and len(runs) == 8
+    sign, every, eos, lam, reference, clip, swapped, length = runs.values()
+    highest = {name: [high for _, _, high in band] for name, band in told["healthy"].items()}
+    for run in sign:
+        assert run["kl_per_summary"][15] > 20 and run["length"][15] > 30
+        assert run["reward"][-1] == pytest.approx(-1, abs=0.1)
+    for run in every:
+        assert min(run["value_loss"]) > 4 * max(highest["value_loss"])
+        assert run["kl_per_summary"][-1] > highest["kl_per_summary"][-1]
+        assert run["vs_reference_win_rate"][-1] < 0.78 and run["reward"][-1] > 0
+    for run in eos:
+        assert run["reward"] == [-1] * 40 and 6 < run["entropy"][0] < 8
+        assert run["policy_clip_fraction"][0] > 0.25
+        assert max(run["true_quality"]) - min(run["true_quality"]) < 0.1
+    for run in lam:
+        assert max(run["kl_per_summary"]) < 4 and max(run["length"]) < 20
+        assert run["true_quality"][-1] > 4
+    for run in reference:
+        assert run["kl_per_summary"] == [0] * 40
+    assert sorted(run["true_quality"][-1] < 3 for run in reference) == [False, False, True]
+    for run in clip:
+        assert run["policy_clip_fraction"] == [0] * 40
+        assert max(run["kl_per_summary"][:10]) > max(highest["kl_per_summary"])
+        assert max(run["vs_reference_win_rate"]) < 0.7
+    falls = sorted(run["entropy"][-1] / run["entropy"][0] for run in clip)
+    assert falls[1] < 0.4 < falls[2]
+    for run in swapped:
+        assert 2 < run["reward"][-1] < 4 and run["kl_per_summary"][-1] > 7
+        assert run["vs_reference_win_rate"][0] < 0.25 and run["vs_reference_win_rate"][-1] < 0.03
+    for run in length:
+        assert run["reward"][-1] > 1 and run["length"][-1] > highest["length"][-1]
+        assert run["true_quality"][-1] > 4
+
+
 @pytest.mark.slow
 def test_the_picture_is_drawn(tmp_path):
     told = json.loads((symptoms.HERE / "symptoms.json").read_text(encoding="utf-8"))
