@@ -64,8 +64,8 @@ SICK = (
          "once, at the last action."),
     Sick("EOS is not an action", "reward entropy",
          "The reward is -1 and never moves, and the entropy begins at 7 nats: no summary counts "
-         "as ended, and what is drawn after its end counts as written. More than a quarter of "
-         "the actions are clipped at first, and greedy summaries hardly change. Look at "
+         "as ended, and the padding behind it counts as written. More than a quarter of the "
+         "actions are clipped at first, and greedy summaries hardly change. Look at "
          "get_response_mask: up to and with the first EOS."),
     Sick("lambda is ignored", "",
          "The curves stay at the band, a little above it in value loss and entropy, as other "
