@@ -58,11 +58,11 @@ BUGS = [
         "some held-out posts were trained on", "3.2"),
     # ------------------------------------------------------------------------ the tiny world
     Bug("the labeler prefers what is worse", "toy.py",
-        "if rng.random() >= 1 / (1 + math.exp(-gap / NOISE)):",
-        "if rng.random() < 1 / (1 + math.exp(-gap / NOISE)):", "bradley_terry",
+        "if rng.random() >= 1 / (1 + math.exp(-log_odds)):",
+        "if rng.random() < 1 / (1 + math.exp(-log_odds)):", "bradley_terry",
         "the reward model is right about its labels, and PPO makes the summaries worse", "3.4"),
     Bug("the names of the policies do not follow their summaries", "toy.py",
-        "pair, names, gap = pair[::-1], names[::-1], -gap", "pair, gap = pair[::-1], -gap",
+        '"policies": list(policies)[::-1],', '"policies": list(policies),',
         "policies must follow", "tables by policy are mixed up", "3.1"),
     Bug("the labeler likes long summaries", "toy.py",
         "quality = -0.05 * max(", "quality = 0.05 * max(", "test_taste_by_hand",
@@ -153,14 +153,14 @@ BUGS = [
         "EOS comes pad|only EOS ends|pads_after_eos", "text goes on after the end", "3.4"),
     # ------------------------------------------------------------------------ step 1
     Bug("summaries have no EOS (notebook)", "lm.py",
-        "return (ids + [tokenizer.eos_token_id])[:limit]", "return ids[:limit]",
+        "[(ids + [tokenizer.eos_token_id])[:limit] for", "[ids[:limit] for",
         "EOS at the end", "the SFT model never stops", "B.2"),
     Bug("a summary that was cut gets an EOS", "lm.py",
-        "return (ids + [tokenizer.eos_token_id])[:limit]",
-        "return ids[: limit - 1] + [tokenizer.eos_token_id]", "cut", "the model learns to stop in "
+        "[(ids + [tokenizer.eos_token_id])[:limit] for",
+        "[ids[: limit - 1] + [tokenizer.eos_token_id] for", "cut", "the model learns to stop in "
         "the middle of a sentence", "B.2"),
     Bug("summaries lose their leading space (notebook)", "lm.py",
-        '"TL;DR:", " " + text)', '"TL;DR:", text)', "leading space",
+        '[" " + text for text in summaries]', "summaries", "leading space",
         "the first word of a summary is another token than in the post", "B.2"),
     Bug("text after the end is shown", "lm.py",
         "kept = ids[: ends[0]] if ends else ids", "kept = ids", "up to the first EOS",
