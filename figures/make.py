@@ -411,7 +411,7 @@ PREFERRED = "fraction preferred to the reference"
 FIGURES = {
     "win-rate": (win_rates, "Feedback beats imitation, given enough width", [
         ("width", ["preferred"], "width of the model", "log", PREFERRED)]),
-    "over-optimization": (over_optimization, "Some reward makes summaries better, more makes them worse", [
+    "over-optimization": (over_optimization, "Some reward helps, too much of it harms", [
         ("kl_per_summary", ["predicted", "true"], "KL from SFT (nats per summary)", "symlog",
          PREFERRED)]),
     "length-bias": (length_bias, "Labelers who pay for length get length", [
