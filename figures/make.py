@@ -44,7 +44,7 @@ from sft import SFTConfig, train_sft
 from tldr import build_prompt, encode_prompts
 
 HELD_OUT = 1500  # comparisons to measure accuracy on
-WEAK = 500  # comparisons for a reward model that can be over-optimized
+WEAK = 500  # comparisons for the weak reward models of best_of_many
 BIAS = 0.5  # taste a word, of the labelers of length_bias: two words are worth a fact
 # The colour of each line, or of each number where a panel has one line of each
 COLORS = {
