@@ -171,7 +171,7 @@ def draw(path, healthy, runs):
                         va="top")
     fig.suptitle("PPO with one fault a row: three runs in red, ten healthy runs in grey, over 40 "
                  "updates; a line at the edge is beyond it", fontweight="bold")
-    fig.savefig(path, dpi=90)
+    fig.savefig(path, dpi=75)
 
 
 def main(arguments=None):
