@@ -209,6 +209,8 @@ def test_the_price_of_a_word_is_taken_off_a_reward(world):
     assert (long - short).tolist() == pytest.approx([0.9] * len(posts), abs=1e-4)
     same = world.score(figures.WithoutLength(model, 0.0, world.tokenizer), posts)
     assert torch.equal(same, world.score(model, posts)), "without a price it is the model"
+    with pytest.raises(ValueError, match="k = 1"):
+        control(torch.ones(2, 4, dtype=torch.long), torch.ones(2, 1, 4, 4))
 
 
 def test_each_seed_is_drawn_thin_behind_the_mean():

@@ -831,3 +831,22 @@ def test_worked_examples_print(script):
     folder = Path(rlhf_minimal.__file__).parent
     done = subprocess.run([sys.executable, folder / script], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def test_the_labelers_price_of_a_word_reaches_the_labels():
+    """Half of the posts have summaries of 2 and 5 words, or one of 2 against the reference."""
+    @contextmanager
+    def timed(name):
+        yield
+
+    def writes(model, posts, temperature, name, i):
+        return [("My boss.", "My boss sold my car.")[i]] * len(posts)
+
+    posts, run = toy.make_posts(8, 0), SimpleNamespace(seed=0, timed=timed)
+    settings = SimpleNamespace(temperature=1.0, toy_length_bias=2.0)
+    rows, _ = rlhf_minimal.compare_in_tiny_world(run, settings, posts, "train", writes, None)
+    assert len(rows) == 8
+    for row in rows:
+        more_words = len(row["chosen"].split()) - len(row["rejected"].split())
+        assert row["log_odds"] == pytest.approx((row["gap"] + 2.0 * more_words) / toy.NOISE)
+    assert any(len(row["chosen"].split()) != len(row["rejected"].split()) for row in rows)
