@@ -7,9 +7,9 @@ callable: judge(posts, summaries_a, summaries_b) -> a list of "A" | "B" | None, 
 
 What differs from the paper, and why:
 
-- The judge. The paper paid people. Here the tiny world's labeler, a language model, the reward
-  model or a ruler judges, and a win rate means nothing without the name of its judge. What a
-  judge is worth is measured first, on the labels of held-out comparisons (judge_the_judge).
+- The judge. The paper paid people. Here the tiny world's labeler, the reward model or a ruler
+  judges, and a win rate means nothing without the name of its judge. What a judge is worth is
+  measured first, on the labels of held-out comparisons (judge_the_judge).
 - Both orders. The paper does not say which summary stood first. Models favour a place, so every
   pair is asked twice, and two answers that contradict each other are a tie.
 - No confidence. People answered on nine points, from "A is far better" to "B is far better".
@@ -26,27 +26,18 @@ from dataclasses import asdict, dataclass
 from statistics import fmean as mean
 
 import torch
-from transformers.hf_argparser import HfArg
 
 import toy
-from engine.architectures import most_positions
-from engine.devices import pick_device, pick_dtype
-from engine.models import load_language_model
-from engine.processes import share_out
-from engine.settings import SettingError
-from engine.texts import control_ids, front_ids, ids_after, text_ids
-from lm import get_position_ids, pad
 from reward import preference_accuracy, preference_loss, score_summaries
-from tldr import build_prompt, truncate_post
 
 
 @dataclass
 class JudgeConfig:
-    judge: str = HfArg(default="labeler", help="labeler, longest, reward_model, hub id or folder")
-    judge_posts: int = HfArg(default=500, help="held-out posts, at the end; T = 0 as in Fig. 8")
-    judge_every: int = HfArg(default=10, help="PPO updates between win rates; 0 = only at the end")
-    judge_during: int = HfArg(default=100, help="held-out posts for the win rates during PPO")
-    best_of_n: int = HfArg(default=16, help="samples to choose from; paper: up to 2048 (G.3)")
+    judge: str = "labeler"  # labeler, longest or reward_model; paper: people (3.3)
+    judge_posts: int = 500  # held-out posts, at the end; T = 0 as in Fig. 8
+    judge_every: int = 10  # PPO updates between win rates; 0 = only at the end
+    judge_during: int = 100  # held-out posts for the win rates during PPO
+    best_of_n: int = 16  # samples to choose from; paper: up to 2048 (G.3)
 
 
 # ---------------------------------------------------------------------------- asking in both orders
@@ -216,171 +207,15 @@ def quality_judge(quality):
     return reward_model_judge(lambda posts, summaries: list(map(quality, posts, summaries)))
 
 
-# ---------------------------------------------------------------------------- a language model
-
-# The labelers' criteria in the order of Table 6: essence, clarity, accuracy, purpose, conciseness,
-# style. The comparison is fixed: no setting of a run changes what "better" means.
-QUESTION = """\
-Which of two summaries of a forum post is better? A good summary tells the essence of the post, is
-clear, is accurate (it says nothing that the post does not say), serves the purpose of the post, is
-concise, and keeps the style of the post. Lines that begin with ">" are quoted.
-
-The post:
-{post}
-
-Summary A:
-{summary_a}
-
-Summary B:
-{summary_b}
-
-Which summary is better? Reply with exactly one letter, A or B."""
+JUDGES = ("labeler", "longest", "reward_model")
 
 
-DAY = "26 Jul 2024"  # the day that Llama 3.2's template takes where it knows no other
-
-
-def quote(text):
-    """Each line with "> " in front, so that nothing in a text can end the quotation: a summary that
-    goes on with a "Summary B:" of its own stays summary A."""
-    return "\n".join("> " + line for line in text.splitlines() or [""])
-
-
-def text_around(tokenizer):
-    """What stands before and after the question: a user's turn, or plain text with a cue.
-    ValueError for a model that can't but think before it answers: its next token is no letter."""
-    # No post is in here, so whatever looks like a control token is one, and is encoded as one
-    if not tokenizer.chat_template:
-        return "", "\n\nAnswer:"
-    place = "{question}"
-    # Some templates tell the date. It is always the same here: a run may go on past midnight
-    template = (f"{{%- macro strftime_now(format) -%}}{DAY}{{%- endmacro -%}}"
-                + tokenizer.get_chat_template())
-    text = tokenizer.apply_chat_template(  # a template without these switches ignores them
-        [{"role": "user", "content": place}], tokenize=False, add_generation_prompt=True,
-        chat_template=template, enable_thinking=False, date_string=DAY)
-    before, _, after = text.partition(place)
-    if "<think>" in after and "</think>" not in after:
-        raise ValueError("this judge thinks before it answers: choose one that answers at once")
-    return before, after
-
-
-def tokens_around(tokenizer):
-    """text_around as token ids, before and after; the question ends with a full stop."""
-    before, after = text_around(tokenizer)
-    front = control_ids(tokenizer, [before])[0] if before else front_ids(tokenizer)
-    return front, *ids_after(tokenizer, ".", [after], control_ids)
-
-
-def answer_tokens(tokenizer):
-    """(2, K): the ids of "A" and of "B" in K spellings, as they come right after the question and
-    what follows it. ValueError if the tokenizer has none."""
-    # "A" or " A", depending on the tokenizer and on what stands before. A spelling that takes one
-    # token for "A" and two for "B" is left out, since to count the one only would favour A.
-    _, after = text_around(tokenizer)
-    pairs = [ids_after(tokenizer, after, [space + "A", space + "B"], control_ids)
-             for space in ("", " ")]
-    # A set, since "A" and " A" are the same token to some tokenizers
-    spellings = {(*a, *b) for a, b in pairs
-                 if len(a) == len(b) == 1 and a != b and tokenizer.unk_token_id not in a + b}
-    if not spellings:
-        raise ValueError('expected a tokenizer in which "A" and "B" are single, distinct tokens')
-    return torch.tensor(sorted(spellings)).T
-
-
-def get_prompt(tokenizer, before, after, room, post, summary_a, summary_b):
-    """before + the question about one pair + after, as token ids; the question has at most `room`.
-
-    Only the post loses its end, line by line, never a summary; None if that is not enough.
-    """
-    def encode(text):
-        # The post as in its prompt (B.2), but nobody is asked to go on with a summary here
-        shown = build_prompt({**post, "post": text}).removesuffix("\n\nTL;DR:")
-        # One pass: chained `replace` calls would fill in a "{summary_b}" found in the post
-        question = QUESTION.format(post=quote(shown), summary_a=quote(summary_a),
-                                   summary_b=quote(summary_b))
-        # Whatever is typed is text: a "<|im_end|>" does not end the judge's turn
-        return text_ids(tokenizer, [question])[0]
-
-    text = truncate_post(post["post"], lambda text: len(encode(text)) <= room)
-    return None if text is None else before + encode(text) + after
-
-
-@torch.no_grad()
-def answer_probabilities(model, prompts, answers, batch_size):
-    """Lists of token ids -> (N, 2): P(A) and P(B) as the next token, summed over their spellings.
-    answers: (2, K), of answer_tokens."""
-    # One forward pass and no generate(): the checkpoint's own temperature, top-p (to draw among the
-    # likeliest tokens only) and repetition penalty play no part, no prose is parsed, and the same
-    # question always gets the same answer.
-    probabilities = torch.zeros(len(prompts), 2)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # batches of similar length
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        # Left-padded, the last position is the answer's in every row. The mask hides the pad id.
-        ids, mask = (x.to(model.device) for x in pad([prompts[i] for i in rows], 0, left=True))
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=get_position_ids(mask),
-                       logits_to_keep=1, use_cache=False).logits[:, -1]  # (B, V)
-        # float32, since bfloat16 has three digits; (B, V) -> (B, 2, K) -> (B, 2)
-        probabilities[rows] = logits.float().softmax(-1)[:, answers].sum(-1).cpu()
-    return probabilities
-
-
-def language_model_judge(model, tokenizer, batch_size=8, min_probability=0.5, max_length=2048):
-    """The judge that compares P(A) and P(B) of a language model in eval mode.
-
-    A question of more tokens than max_length or the model's limit loses the end of its post, never
-    of a summary; where that is not enough, the judge abstains. ValueError where there is no room
-    for two words, where the tokenizer lacks an "A" or a "B", or where the model can't but think
-    before it answers.
-    """
-    answers = answer_tokens(tokenizer)
-    before, after = tokens_around(tokenizer)
-    room = (min(max_length, most_positions(model.config), tokenizer.model_max_length)
-            - len(before) - len(after))
-    if get_prompt(tokenizer, before, after, room, {"post": ""}, "word", "word") is None:
-        raise ValueError(f"it has room for {room} tokens and the question alone takes more; choose "
-                         "a judge that reads longer texts")
-
-    def judge(posts, summaries_a, summaries_b):
-        verdicts = ["A"] * len(posts)  # equal summaries need no question: "A" twice is a tie
-        prompts = {}  # number of the pair -> what is asked about it
-        for i, pair in enumerate(zip(summaries_a, summaries_b)):
-            if pair[0] != pair[1]:
-                verdicts[i] = None
-                prompts[i] = get_prompt(tokenizer, before, after, room, posts[i], *pair)
-        asked = [i for i in prompts if prompts[i] is not None]  # it abstains where it has no room
-        probabilities = answer_probabilities(model, [prompts[i] for i in asked], answers, batch_size)
-        # And it abstains where "A" and "B" are unlikely: the model was going to say something else.
-        # A NaN is an abstention too
-        for i, (p_a, p_b) in zip(asked, probabilities.tolist()):
-            if p_a + p_b >= min_probability:
-                verdicts[i] = "A" if p_a >= p_b else "B"
-        return verdicts
-
-    return judge
-
-
-def load_judge(name, small=False, device=None, dtype=None):
-    """JudgeConfig.judge -> a judge, for all names but "reward_model": that one has to be trained
-    first, and reward_model_judge makes a judge of it.
-
-    Raises SettingError for a model that can't judge. small: a model of the same architecture with
-    random weights.
-    """
-    if name == "labeler":  # of the tiny world: whoever writes by its taste wins
-        return quality_judge(toy.true_quality)
-    if name == "longest":  # in characters; what every other judge has to beat (App. F)
-        return quality_judge(lambda post, summary: len(summary))
-    # Qwen/Qwen2.5-3B-Instruct, the full preset's, is licensed for non-commercial research only;
-    # Qwen/Qwen3-4B-Instruct-2507 is under Apache-2.0.
-    device = device or pick_device()
-    tokenizer, model = load_language_model(name, device, dtype or pick_dtype("auto", device),
-                                           small=small)
-    try:
-        return language_model_judge(model.requires_grad_(False), tokenizer)
-    except ValueError as error:
-        raise SettingError(f"--judge {name}: {error}") from None
+def make_judge(name, reward_of):
+    """One of JUDGES. labeler: of the tiny world, whoever writes by its taste wins. longest: in
+    characters; what every other judge has to beat (App. F). reward_of: as score above."""
+    if name == "reward_model":
+        return reward_model_judge(reward_of)
+    return quality_judge({"labeler": toy.true_quality, "longest": lambda _, text: len(text)}[name])
 
 
 # ---------------------------------------------------------------------------- a run's win rates
@@ -390,22 +225,18 @@ def mean_words(summaries):
     return mean(len(summary.split()) for summary in summaries)
 
 
-def judged(run, judge, name, posts, ours, theirs):
+def judged(judge, name, posts, ours, theirs):
     """Our summaries against theirs: the entry of results.json, and the outcome for each post.
     name is the judge's, and stands beside its numbers."""
-    outcomes = share_out(judge_pairwise, judge, posts, ours, theirs)
+    outcomes = judge_pairwise(judge, posts, ours, theirs)
     counted = win_rate(outcomes)
-    answered = counted.total - counted.abstentions
-    if not answered:  # NaN in every table, so it has to be said why
-        run.warn("judge", f"the judge {name} abstained on all {counted.total} posts: its win rates "
-                 "are empty; choose another one")
     lengths = [[len(text) + 1 for text in side] for side in (ours, theirs)]  # "" has no logarithm
-    return {"n": answered, "judge": name, **asdict(counted),
+    return {"n": counted.total - counted.abstentions, "judge": name, **asdict(counted),
             "length_controlled": length_controlled_win_rate(outcomes, *lengths),
             "mean_length": mean_words(ours), "mean_length_other": mean_words(theirs)}, outcomes
 
 
-# Below, ask(posts, ours, theirs) is `judged` with its run, judge and name filled in.
+# Below, ask(posts, ours, theirs) is `judged` with a judge and its name filled in.
 
 
 def judge_the_judge(ask, comparisons, most=500):
@@ -422,17 +253,7 @@ def judge_the_judge(ask, comparisons, most=500):
     return {"judge_agreement": entry}
 
 
-def agreements(results):
-    """For the report: the judge's agreement with the labels beside that of the reward model and of
-    pick-the-longer (App. F: length alone predicts some), as rows (name, share, low, high, n)."""
-    entry, n = results["judge_agreement"], results["reward_accuracy_n"]
-    rows = [(f"the judge {entry['judge']}", entry["win_rate"], entry["n"]),
-            ("the reward model", results["reward_accuracy"], n),
-            ("pick-the-longer", results["reward_accuracy_longest_wins"], n)]
-    return [(name, share, *wilson_interval(share, count), count) for name, share, count in rows]
-
-
-def judge_during(run, update, ask, posts, summaries, sft_summaries):
+def judge_during(log, update, ask, posts, summaries, sft_summaries):
     """Log the win rates of the policy after a PPO update, at T = 0, on a few held-out posts."""
     # The paper had people judge a few finished runs (Fig. 5). A judge that costs nothing can show
     # within a run whether preference still grows with the reward.
@@ -443,11 +264,11 @@ def judge_during(run, update, ask, posts, summaries, sft_summaries):
         line |= {f"vs_{name}_{key}": entry[key] for key in ("win_rate", "low", "high", "n")}
     if "facts" in posts[0]:  # the tiny world, where the taste itself can be read off
         line["true_quality"] = mean(map(toy.true_quality, posts, summaries))
-    run.log("judge", update, **line, judge=entry["judge"])
+    log("judge", update, **line, judge=entry["judge"])
 
 
 def compare_summaries(ask, posts, sft_summaries, ppo_summaries, best):
-    """Fig. 1 in numbers: each policy against the references, and PPO against SFT.
+    """The measure of Fig. 1: each policy against the references, and PPO against SFT.
 
     best: the best-of-n summaries of the first len(best) posts. Returns the entries of results.json
     and the outcomes, two dicts by comparison; outcomes are lists with one for each post.
@@ -463,6 +284,39 @@ def compare_summaries(ask, posts, sft_summaries, ppo_summaries, best):
     for name, (ours, theirs) in pairs.items():
         results[name], outcomes[name] = ask(posts[: len(ours)], ours, theirs)
     return results, outcomes
+
+
+def describe_samples(results, outcomes, posts, sft_texts, texts, reward_of):
+    """Add mean rewards and lengths to results, and return a dict for each post: what samples.jsonl
+    holds. outcomes: as compare_summaries returns them."""
+    references = [post["summary"] for post in posts]
+    rewards_sft, rewards_ppo = reward_of(posts, sft_texts), reward_of(posts, texts)
+    results |= {"reward_sft": mean(rewards_sft), "reward_ppo": mean(rewards_ppo),
+                "mean_length_sft": mean_words(sft_texts), "mean_length_ppo": mean_words(texts),
+                "mean_length_reference": mean_words(references)}
+    columns = {"post": [{key: post[key] for key in ("subreddit", "title", "post")}
+                        for post in posts],
+               "reference": references, "sft": sft_texts, "ppo": texts,
+               "reward_sft": rewards_sft, "reward_ppo": rewards_ppo,
+               "ppo_vs_reference": outcomes["ppo_vs_reference"],
+               "ppo_vs_sft": outcomes["ppo_vs_sft"],
+               "judge": [results["ppo_vs_sft"]["judge"]] * len(posts)}
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+
+COMPARED = (("sft_vs_reference", "SFT against reference"),
+            ("ppo_vs_reference", "PPO against reference"), ("ppo_vs_sft", "PPO against SFT"),
+            ("best_of_n_vs_reference", "best-of-n against reference"),
+            ("ideal_vs_reference", "the ideal against reference"))
+HEADER = ("", "win rate", "95 % interval", "posts", "words ours / theirs")
+
+
+def win_rate_table(results):
+    """HEADER and a row for each of the comparisons that were judged, all strings."""
+    rows = [(name, results[key]) for key, name in COMPARED if key in results]
+    return [HEADER] + [(name, f"{r['win_rate']:.3f}", f"{r['low']:.3f} - {r['high']:.3f}",
+                        str(r["n"]), f"{r['mean_length']:.1f} / {r['mean_length_other']:.1f}")
+                       for name, r in rows]
 
 
 # ---------------------------------------------------------------------------- the reward model, 4.3
@@ -501,22 +355,22 @@ def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
     return preference_accuracy(gaps, torch.zeros_like(gaps))
 
 
-def measure_reward_model(run, reward_model, pairs, held_out, rows, tokenizer, batch_size):
+def measure_reward_model(reward_model, pairs, held_out, rows, tokenizer, warn, batch_size=256):
     """What results.json holds about the reward model: its accuracy on the held-out comparisons
-    (pairs of token ids, and their rows) beside those of judges that never read the post."""
+    (pairs of token ids, and their rows) beside those of judges that never read the post. warn:
+    called with a text where the accuracy is that of chance."""
     queries, better, worse = zip(*held_out)
     chosen, rejected = (score_summaries(reward_model, queries, side, tokenizer.pad_token_id,
-                                        batch_size)
-                        for side in (better, worse))
+                                        batch_size) for side in (better, worse))
     n, accuracy = len(rows), preference_accuracy(chosen, rejected)
     results = {"reward_accuracy": accuracy,
                "reward_accuracy_longest_wins": length_accuracy(held_out), "reward_accuracy_n": n}
     print(f"reward model: accuracy {accuracy:.3f} on {n} held-out comparisons, "
           f"pick-the-longer {results['reward_accuracy_longest_wins']:.3f}")
     if wilson_interval(accuracy, n)[0] <= 0.5:
-        run.warn("reward", f"the reward model is no better than chance, {accuracy:.3f} on {n} "
-                 "held-out comparisons (the 95 % interval reaches 0.5): what PPO makes of it means "
-                 "nothing; train it on more or cleaner comparisons")
+        warn(f"the reward model is no better than chance, {accuracy:.3f} on {n} held-out "
+             "comparisons (the 95 % interval reaches 0.5): what PPO makes of it means nothing; "
+             "train it on more or cleaner comparisons")
     if "gap" in rows[0]:  # the tiny world, where the labeler's taste is known
         gaps = torch.tensor([row["gap"] for row in rows])
         agrees = ((chosen > rejected) == (gaps > 0))[gaps != 0]

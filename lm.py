@@ -15,19 +15,17 @@ B = rows of a batch, L = Q+T, V = vocabulary. Log-probs and KL are in nats (natu
 
 What differs from the paper's setting: the released 2020 code (openai/summarize-from-feedback, which
 has no training in it) pads queries with spaces that the model does see; here padding is masked.
+"N+" is Huang et al. 2024 (arXiv 2403.17031), a study of this paper's details.
 
 `python lm.py` prints a worked example.
 """
 
+import hashlib
 import math
 
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
-
-from engine.architectures import shares_post
-from engine.batches import check_finite, pack, unpack
-from engine.texts import end_ids, ids_after
 
 
 # ---------------------------------------------------------------------------- shapes and masks
@@ -37,7 +35,7 @@ def check_shapes(**tensors):
     """Raise ValueError unless all tensors have equal shapes.
 
     PyTorch would broadcast (B, 1) against (B,) to (B, B) without a word, and a mean over that is a
-    number like any other: most bugs of RLHF code hide there.
+    number like any other.
     """
     if len({tuple(tensor.shape) for tensor in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
@@ -57,7 +55,7 @@ def check_mask(mask, every_row=False):
     return mask
 
 
-def zero_off(mask, x):
+def zero_off(x, mask):
     """x with zeros where mask is False.
 
     Not x * mask: at padding x may be NaN or infinite, and NaN * 0 is NaN. torch.where never reads
@@ -74,13 +72,19 @@ def masked_mean(x, mask):
     """
     check_shapes(x=x, mask=mask)
     mask = check_mask(mask)
-    return zero_off(mask, x).sum() / mask.sum()
+    return zero_off(x, mask).sum() / mask.sum()
+
+
+def check_finite(name, tensor):
+    """Raise FloatingPointError that names the tensor if it holds a NaN or an infinity."""
+    if not tensor.isfinite().all():
+        raise FloatingPointError(f"{name} is NaN or infinite")
 
 
 # ---------------------------------------------------------------------------- padding
 
 
-def pad(sequences, pad_id, left):
+def pad(sequences, pad_id, left, device="cpu"):
     """Lists of token ids -> ids (B, L) and mask (B, L), padded on the left or on the right."""
     width = max(len(ids) for ids in sequences)
     ids = torch.full((len(sequences), width), pad_id)
@@ -91,7 +95,7 @@ def pad(sequences, pad_id, left):
         where = slice(width - len(tokens), width) if left else slice(0, len(tokens))
         ids[row, where] = torch.tensor(tokens, dtype=torch.long)
         mask[row, where] = 1
-    return ids, mask
+    return ids.to(device), mask.to(device)
 
 
 def join(queries, responses, pad_id, device="cpu"):
@@ -100,10 +104,10 @@ def join(queries, responses, pad_id, device="cpu"):
     The post ends and the summary begins at the same column in every row, so that one slice, the
     last T columns, is the response of all of them.
     """
-    query_ids, query_mask = pad(queries, pad_id, left=True)  # (B, Q)
-    response_ids, response_mask = pad(responses, pad_id, left=False)  # (B, T)
-    input_ids = torch.cat([query_ids, response_ids], 1).to(device)
-    attention_mask = torch.cat([query_mask, response_mask], 1).to(device)
+    query_ids, query_mask = pad(queries, pad_id, left=True, device=device)  # (B, Q)
+    response_ids, response_mask = pad(responses, pad_id, left=False, device=device)  # (B, T)
+    input_ids = torch.cat([query_ids, response_ids], 1)  # (B, Q+T)
+    attention_mask = torch.cat([query_mask, response_mask], 1)  # (B, Q+T)
     return input_ids, attention_mask, query_ids.shape[1]
 
 
@@ -165,25 +169,28 @@ def get_log_probs(logits, labels, temperature=1.0):
     return log_probs.take_along_dim(labels[:, 1:, None], -1).squeeze(-1)
 
 
-def response_log_probs(model, input_ids, attention_mask, width, temperature=1.0, k=1):
-    """Log-probs of the last `width` tokens of input_ids (B, Q+T): (B, T).
+def response_log_probs(model, input_ids, attention_mask, width, temperature=1.0):
+    """Log-probs of the last `width` tokens, the summaries: (B, Q+T), (B, Q+T) -> (B, T).
 
     The one function behind log pi_old, log pi and log pi_SFT, so that before the first update the
-    ratio is 1 and the KL is 0. k > 1: the rows are k summaries of each post, one post after the
-    other; the post is computed once for all k (engine/batches.py), with the same numbers up to
-    rounding.
+    ratio is 1 and the KL is 0.
     """
-    position_ids = get_position_ids(attention_mask)
-    k = shares_post(model, k, input_ids.shape[1])  # 1 where the model can't do that
-    inputs = pack(input_ids, attention_mask, position_ids, width, k, model.dtype)
     # Logits from the post's last position on alone: at a vocabulary of 50,000, those of the whole
     # post would be by far the largest tensor of the program.
-    logits = model(**inputs, logits_to_keep=k * width + 1, use_cache=False).logits
-    logits = unpack(logits, width, k)  # (B, 1+T, V)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask,
+                   position_ids=get_position_ids(attention_mask), logits_to_keep=width + 1,
+                   use_cache=False).logits  # (B, 1+T, V)
     return get_log_probs(logits, input_ids[:, -width - 1 :], temperature)
 
 
 # ---------------------------------------------------------------------------- sampling
+
+
+def generator_for(seed, *names, device="cpu"):
+    """A random stream of its own for each use, e.g. (seed, "ppo", update). No stream depends on how
+    much another one was used, so a stage that is done again draws what it drew before."""
+    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def next_token(logits, temperature, top_p, generator):
@@ -206,8 +213,8 @@ def next_token(logits, temperature, top_p, generator):
 
 @torch.no_grad()
 def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pad_token_id,
-           temperature=1.0, top_p=1.0, generator=None, k=1):
-    """Continue left-padded queries (B, Q) one token at a time, each k times: (kB, T) token ids.
+           temperature=1.0, top_p=1.0, generator=None):
+    """Continue left-padded queries (B, Q) one token at a time: (B, T) token ids.
 
     T is the longest response, at most max_new_tokens; what follows an EOS is pad_token_id. Raises
     ValueError on unequal shapes or a number out of range.
@@ -220,21 +227,17 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
     if temperature < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise ValueError("expected temperature >= 0, 0 < top_p <= 1 and max_new_tokens >= 1, got "
                          f"{temperature}, {top_p} and {max_new_tokens}")
-    n, device = k * len(input_ids), input_ids.device
-    responses = torch.full((n, max_new_tokens), pad_token_id, device=device)  # (kB, T)
-    rows = torch.arange(n, device=device)  # the responses that are still being written
+    B = len(input_ids)
+    responses = torch.full((B, max_new_tokens), pad_token_id, device=input_ids.device)  # (B, T)
+    rows = torch.arange(B, device=input_ids.device)  # the responses that are still being written
     mask, ids, cache = attention_mask.long(), input_ids, DynamicCache(config=model.config)
-    position_ids = get_position_ids(mask)
     for t in range(max_new_tokens):
         # The first turn reads the post; every other one reads the token that was just drawn, and
         # finds keys and values of all earlier ones in the cache.
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids, cache=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1]
-        # logits: (rows still being written, V)
-        if t == 0 and k > 1:  # the post is computed once, its cache shared out
-            logits, mask = logits.repeat_interleave(k, 0), mask.repeat_interleave(k, 0)
-            cache.reorder_cache(torch.arange(len(ids), device=device).repeat_interleave(k))
-        token = next_token(logits, temperature, top_p, generator)  # (B,)
+        position_ids = get_position_ids(mask)[:, -ids.shape[1] :]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids,
+                       cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        token = next_token(logits, temperature, top_p, generator)  # (rows still being written,)
         responses[rows, t] = token
         going = ~is_eos(token, eos_token_id)
         if not going.any():
@@ -244,53 +247,43 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
             cache.reorder_cache(going.nonzero().squeeze(-1))
         rows, mask, ids = rows[going], mask[going], token[going, None]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position_ids = get_position_ids(mask)[:, -1:]
     return responses[:, : t + 1]
 
 
 # ---------------------------------------------------------------------------- text in, text out
 
 
+def encode_texts(texts, tokenizer):
+    """Token ids of each text, with nothing added, and all of it text: where somebody has typed
+    "<|endoftext|>", nothing ends."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def encode_responses(summaries, tokenizer, limit):
     """Summaries -> token ids with a leading space and EOS at the end, as in the 2020 code. One that
     is longer than `limit` is cut there and has no EOS, as if it had never ended."""
-    rows = ids_after(tokenizer, "TL;DR:", [" " + text for text in summaries])  # as in a prompt (B.2)
+    rows = encode_texts([" " + text for text in summaries], tokenizer)
     return [(ids + [tokenizer.eos_token_id])[:limit] for ids in rows]
 
 
-def decode_response(ids, tokenizer):
-    """Token ids up to the first EOS -> text without outer white space.
+def write_summaries(model, tokenizer, queries, max_new_tokens, temperature, generator=None,
+                    batch_size=256):
+    """Queries (lists of token ids) -> a summary of each, as text without outer white space.
 
     A text no longer says whether it ended. So a summary that was cut at max_new_tokens is judged,
     and scored outside PPO, as if it had: people, too, were shown a text.
     """
-    ends = [i for i, token in enumerate(ids) if token in end_ids(tokenizer)]
-    kept = ids[: ends[0]] if ends else ids
-    return tokenizer.decode(kept, clean_up_tokenization_spaces=False).strip()
-
-
-def sample_responses(model, tokenizer, queries, max_new_tokens, temperature, generator=None,
-                     batch_size=0, k=1):
-    """k responses to each query: token ids, EOS included, the k of a query one after the other.
-
-    batch_size: rows sampled at a time, 0: all. Queries of similar length are sampled together.
-    """
-    n = max(1, (batch_size or k * len(queries)) // k)  # queries at a time
-    order = list(range(len(queries)))
-    if n < len(queries):
-        order.sort(key=lambda i: len(queries[i]))  # little padding in each batch
-    responses = [None] * (k * len(queries))
-    for start in range(0, len(order), n):
-        some = order[start : start + n]
-        ids, mask = pad([queries[i] for i in some], tokenizer.pad_token_id, left=True)  # (n, Q)
-        sampled = sample(model, ids.to(model.device), mask.to(model.device), max_new_tokens,
-                         eos_token_id=end_ids(tokenizer), pad_token_id=tokenizer.pad_token_id,
-                         temperature=temperature, generator=generator, k=k)  # (kn, T)
-        kept = get_response_mask(sampled, end_ids(tokenizer))
-        rows = [k * i + j for i in some for j in range(k)]
-        for row, tokens, keep in zip(rows, sampled, kept):
-            responses[row] = tokens[keep].tolist()
-    return responses
+    eos, texts = tokenizer.eos_token_id, []
+    for start in range(0, len(queries), batch_size):
+        ids, mask = pad(queries[start : start + batch_size], tokenizer.pad_token_id, left=True,
+                        device=model.device)  # (B, Q) each
+        responses = sample(model, ids, mask, max_new_tokens, eos_token_id=eos,
+                           pad_token_id=tokenizer.pad_token_id, temperature=temperature,
+                           generator=generator)  # (B, T)
+        written = get_response_mask(responses, eos) & ~is_eos(responses, eos)  # (B, T)
+        texts += [tokenizer.decode(row[keep], clean_up_tokenization_spaces=False).strip()
+                  for row, keep in zip(responses, written)]
+    return texts
 
 
 # ---------------------------------------------------------------------------- schedules, App. B.1

@@ -9,55 +9,48 @@ The paper says nothing about clip ranges, whitening, the value loss, minibatches
 rollouts, or summaries that never end. These are from "the 2019 code" (openai/lm-human-preferences,
 by the same group; the trainer of this paper was never released) and from "N+" (Huang et al. 2024,
 arXiv 2403.17031, a study of this paper's details); each line says which. From the paper we differ
-in sizes and rates (PPOConfig). Where it is silent, we differ from both of these, on purpose, in:
+in sizes and rates (PPOConfig). Where it is silent, we differ on purpose from these two in:
 
-- Two optimisers, one for the policy and one for the critic, instead of one on a summed loss. No
-  weight is in both losses, so Adam takes the same steps, except for the next point.
-- The gradient of each network is clipped to norm 1, to be safe from single batches.
-- Rollouts are sampled at temperature 1 in the tiny preset (both: 0.7), rewards are not whitened
-  (the 2019 code does), and the score is paid at EOS itself (N+: one place later).
+- Two optimisers, one for the policy and one for the critic, instead of one on a summed loss (both).
+  No weight is in both losses, so Adam takes the same steps, except for the next point.
+- The gradient of each network is clipped to norm 1, to be safe from single batches (both: not).
+- Rollouts are sampled at temperature 1 (both: 0.7).
+- Rewards are not whitened (the 2019 code whitens them, N+ does not by default).
+- The score is paid at EOS itself, as in the 2019 code (N+: one place later).
 """
 
-import math
-from collections import defaultdict
+import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from transformers.hf_argparser import HfArg
+from torch.nn.utils import clip_grad_norm_
+from tqdm.auto import tqdm
 
-from engine.adapters import checkpoint_activations, copy_network, freeze, trainable
-from engine.batches import check_finite, cut_by_length, generator_for, mean_of_all, minibatches
-from engine.batches import one_step, over_all, own_queries, own_stream
-from engine.folder import warn_of_collapse
-from engine.processes import all_or_none, sum_over_processes
-from engine.texts import end_ids
-from lm import check_mask, check_shapes, get_response_mask, is_eos, join, linear_schedule
-from lm import masked_mean, response_log_probs, sample_responses, zero_off
-from reward import final_scores, response_scores
+from lm import check_finite, check_mask, check_shapes, generator_for, get_response_mask, is_eos
+from lm import linear_schedule, masked_mean, pad, response_log_probs, sample, zero_off
 
 
 @dataclass
 class PPOConfig:
     # 3e-4 and batches of 64: so small a model takes larger rates, and learns from fewer summaries
-    ppo_lr: float = HfArg(default=3e-4, help="paper: 1.5e-5 (1.3B), linear decay (B.1)")
-    ppo_episodes: int = HfArg(default=2560, help="summaries sampled in all; paper: 1M (B.1)")
-    ppo_batch_size: int = HfArg(default=64, help="summaries per update; paper: 512 (B.1)")
-    ppo_epochs: int = HfArg(default=4, help="passes over each batch; paper: 4 (B.1)")
-    ppo_minibatches: int = HfArg(default=1, help="steps per pass; paper silent; 2019 code: 1")
-    return_sequences: int = HfArg(default=1, help="summaries per post; paper silent")
-    kl_beta: float = HfArg(default=0.05, help="weight of the KL penalty; paper: 0.05 (B.1)")
-    gamma: float = HfArg(default=1.0, help="discount; paper: 1 (3.4)")
-    lam: float = HfArg(default=0.95, help="lambda of GAE; paper: 0.95 (B.1)")
-    clip_range: float = HfArg(default=0.2, help="of the ratio; paper silent; 2019 code: 0.2")
-    clip_range_value: float = HfArg(default=0.2, help="paper silent; 2019 code: 0.2")
-    # Nearly inert: no weight is in both losses, so Adam, which divides by the size of the gradient,
-    # takes the factor out again. With 10 in place of 0.01, the first step was .0204 and not .0177.
-    value_weight: float = HfArg(default=0.1, help="of the value loss; paper silent; 2019 code: 0.1")
-    missing_eos: float = HfArg(default=-1.0, help="score without EOS; paper silent; 2019, N+: -1")
-    temperature: float = HfArg(default=1.0, help="of rollouts; paper silent; 2019, N+: 0.7")
-    response_length: int = HfArg(default=48, help="tokens of a summary at most; paper: 48 (3.2)")
-    max_grad_norm: float = HfArg(default=1.0, help="paper silent; 2019 code: no clipping")
-    # config, below, is the namespace of all settings: those of memory are in engine/settings.py
+    ppo_lr: float = 3e-4  # paper: 1.5e-5 (1.3B), linear decay (B.1)
+    ppo_episodes: int = 2560  # summaries sampled in all; paper: 1M (B.1)
+    ppo_batch_size: int = 64  # summaries per update; paper: 512 (B.1)
+    ppo_epochs: int = 4  # passes over each batch; paper: 4 (B.1)
+    ppo_minibatches: int = 1  # steps per pass; paper silent; 2019 code: 1
+    return_sequences: int = 1  # summaries per post; paper silent
+    kl_beta: float = 0.05  # weight of the KL penalty; paper: 0.05 (B.1)
+    gamma: float = 1.0  # discount; paper: 1 (3.4)
+    lam: float = 0.95  # lambda of GAE; paper: 0.95 (B.1)
+    clip_range: float = 0.2  # of the ratio; paper silent; 2019 code: 0.2
+    clip_range_value: float = 0.2  # paper silent; 2019 code: 0.2
+    # Nearly inert: the critic has an Adam of its own, which divides by the size of the gradient
+    value_weight: float = 0.1  # of the value loss; paper silent; 2019 code: 0.1
+    missing_eos: float = -1.0  # score without EOS; paper silent; 2019, N+: -1
+    temperature: float = 1.0  # of rollouts; paper silent; 2019, N+: 0.7
+    response_length: int = 48  # tokens of a summary at most; paper: 48 (3.2)
+    max_grad_norm: float = 1.0  # paper silent; 2019 code: no clipping
 
 
 # ---------------------------------------------------------------------------- the reward, 3.4
@@ -89,7 +82,7 @@ def kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, kl_beta):
     mask = check_mask(mask, every_row=True)
     # The sum of log_probs - ref_log_probs over a summary is on average the KL. That of a single
     # summary may well be negative
-    rewards = -kl_beta * zero_off(mask, log_probs - ref_log_probs)
+    rewards = -kl_beta * zero_off(log_probs - ref_log_probs, mask)
     # The last action is where the count of actions so far reaches its maximum first
     last = mask.long().cumsum(1).argmax(1, keepdim=True)  # (B, 1)
     # N+ pays the score one place later, at the first padding: the sum is the same, and since its
@@ -116,7 +109,7 @@ def compute_gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """
     check_shapes(rewards=rewards, values=values, mask=mask)
     mask = check_mask(mask, every_row=True)
-    rewards, values = zero_off(mask, rewards), zero_off(mask, values)
+    rewards, values = zero_off(rewards, mask), zero_off(values, mask)
     advantages = torch.zeros_like(values)
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,): nothing after the end
     for t in reversed(range(values.shape[1])):
@@ -125,7 +118,7 @@ def compute_gae(rewards, values, mask, gamma=1.0, lam=0.95):
         next_value, next_advantage = values[:, t], advantages[:, t]
     # Returns use the advantages as they are: whitened ones would change the scale of what the
     # critic learns to predict
-    return advantages, zero_off(mask, advantages + values)
+    return advantages, zero_off(advantages + values, mask)
 
 
 def whiten(x, mask):
@@ -138,9 +131,9 @@ def whiten(x, mask):
     """
     mean = masked_mean(x, mask)
     mask = mask != 0
-    x = zero_off(mask, x)
+    x = zero_off(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
-    return zero_off(mask, (x - mean) * torch.rsqrt(variance + 1e-8))
+    return zero_off((x - mean) * torch.rsqrt(variance + 1e-8), mask)
 
 
 # ---------------------------------------------------------------------------- the two losses
@@ -159,11 +152,10 @@ def policy_loss(log_probs, old_log_probs, advantages, mask, clip_range=0.2):
     """
     check_shapes(log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages, mask=mask)
     mask = check_mask(mask)
-    log_ratio = zero_off(mask, log_probs) - zero_off(mask, old_log_probs)
-    advantages = zero_off(mask, advantages)
+    log_ratio = zero_off(log_probs, mask) - zero_off(old_log_probs, mask)
+    advantages = zero_off(advantages, mask)
     # Beyond 88 exp overflows float32, and inf would make the gradient NaN where the clip has won
-    largest = math.floor(math.log(torch.finfo(log_ratio.dtype).max))
-    ratio = torch.exp(log_ratio.clamp(max=largest))
+    ratio = torch.exp(log_ratio.clamp(max=88))
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
     # The maximum is the pessimistic one of the two. Where the ratio has moved against the
@@ -184,8 +176,8 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
     """
     check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
     mask = check_mask(mask)
-    values, old_values = zero_off(mask, values), zero_off(mask, old_values)
-    returns = zero_off(mask, returns)
+    values, old_values = zero_off(values, mask), zero_off(old_values, mask)
+    returns = zero_off(returns, mask)
     plain = (values - returns) ** 2
     # Not old + clamp(new - old), which rounds, so that tokens would count as clipped that are not
     near_old = values.clamp(old_values - clip_range, old_values + clip_range)
@@ -197,97 +189,65 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 # ---------------------------------------------------------------------------- a batch of summaries
 
 
-@dataclass
-class Microbatch:
-    """Some posts of a batch with all their summaries, and all numbers about them. b rows: k
-    summaries of each post, one post after the other; row i is a summary of queries[post[i]]."""
+class Batch(NamedTuple):
+    """The B summaries of one update, and all numbers about them. A minibatch is some rows of it."""
 
-    post: torch.Tensor  # (b,), for figures and tests
-    input_ids: torch.Tensor  # (b, Q+T), Q and T as wide as these rows need
-    attention_mask: torch.Tensor  # (b, Q+T)
-    mask: torch.Tensor  # (b, T) bool: the actions, EOS included
-    ended: torch.Tensor  # (b,) bool: it wrote EOS
-    log_probs: torch.Tensor  # (b, T) of pi_old, the policy that wrote them
-    ref_log_probs: torch.Tensor  # (b, T) of pi_SFT
-    values: torch.Tensor  # (b, T): V before each action
-    scores: torch.Tensor  # (b,): r(x, y), or missing_eos where it did not end
-    kl: torch.Tensor  # (b,): log pi_old(y|x) / pi_SFT(y|x), nats per summary
-    rewards: torch.Tensor  # (b, T): scores and KL penalty, token by token; for figures and tests
-    advantages: torch.Tensor  # (b, T), whitened by whiten_batch
-    returns: torch.Tensor  # (b, T)
-
-    @property
-    def inputs(self):
-        """What a network takes to read these rows: input_ids, attention_mask, T."""
-        return self.input_ids, self.attention_mask, self.mask.shape[1]
+    input_ids: torch.Tensor  # (B, Q+T), the post and its summary
+    attention_mask: torch.Tensor  # (B, Q+T)
+    mask: torch.Tensor  # (B, T) bool: the actions, EOS included
+    ended: torch.Tensor  # (B,) bool: it wrote EOS
+    log_probs: torch.Tensor  # (B, T) of pi_old, the policy that wrote them
+    ref_log_probs: torch.Tensor  # (B, T) of pi_SFT
+    values: torch.Tensor  # (B, T): V before each action
+    scores: torch.Tensor  # (B,): r(x, y), or missing_eos where it did not end
+    kl: torch.Tensor  # (B,): log pi_old(y|x) / pi_SFT(y|x), nats per summary
+    rewards: torch.Tensor  # (B, T): scores and KL penalty, token by token
+    advantages: torch.Tensor  # (B, T), whitened
+    returns: torch.Tensor  # (B, T): what the critic should have said
 
 
-def response_values(critic, input_ids, attention_mask, width, k=1):
+def response_values(critic, input_ids, attention_mask, width):
     """V_t, read at the position before action t: (B, Q+T) -> (B, T). A value never sees its action:
     it is what the critic expects of a summary that has been written up to there."""
-    return response_scores(critic, input_ids, attention_mask, width, k)[:, :-1]
+    return critic(input_ids, attention_mask)[:, -width - 1 : -1]
 
 
-@all_or_none  # an exception in one process ends all
 @torch.no_grad()
 def rollout(policy, reference, reward_model, critic, queries, tokenizer, config, generator):
-    """Sample summaries of the queries (lists of token ids), and gather all numbers about them.
+    """Sample a summary of each query (lists of token ids), and gather all its numbers: a Batch.
 
-    Returns a list of Microbatch, sorted by length if a minibatch holds several of them. Raises
-    FloatingPointError where a score, a KL or a return is not finite.
+    Raises FloatingPointError where a score, a KL or a return is not finite.
     """
-    k = config.return_sequences
-    # 1. k summaries of each post, y ~ pi_RL(. | x), token by token until EOS ends them (3.4).
-    # All k are trained on: keeping the best would not be sampling from pi_old, and bias the ratio.
-    responses = sample_responses(policy, tokenizer, queries, config.response_length,
-                                 config.temperature, generator, config.rollout_batch_size, k)
-    batch = []
-    # The microbatches are cut here, once, so that the update sees the same rows and padding, and
-    # the ratio starts at 1 in any precision. (In bfloat16 other padding alone moves log-probs by up
-    # to .18 nats, hence not those of sampling.) The price: a pass shuffles microbatches, not rows.
-    lengths = [len(query) + sum(len(y) for y in responses[k * i : k * (i + 1)])
-               for i, query in enumerate(queries)]
-    for some in cut_by_length(lengths, config):
-        # All k summaries of a post stay together, one row each. posts, rows: numbers
-        posts = [i for i in some for _ in range(k)]  # the post of each row
-        rows = [k * i + j for i in some for j in range(k)]
-        input_ids, attention_mask, Q = join(
-            [queries[i] for i in posts], [responses[row] for row in rows],
-            tokenizer.pad_token_id, policy.device)  # (b, Q+T)
-        mask = get_response_mask(input_ids[:, Q:], end_ids(tokenizer))  # (b, T)
-        T = mask.shape[1]
-        ended = is_eos(input_ids[:, Q:], end_ids(tokenizer)).any(1)  # (b,)
+    # 1. Summaries, token by token, y ~ pi_RL(. | x), until EOS ends the episode (3.4).
+    query_ids, query_mask = pad(queries, tokenizer.pad_token_id, left=True,
+                                device=policy.device)  # (B, Q) each
+    responses = sample(policy, query_ids, query_mask, config.response_length,
+                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                       temperature=config.temperature, generator=generator)  # (B, T)
+    mask = get_response_mask(responses, tokenizer.eos_token_id)  # (B, T)
+    ended = is_eos(responses, tokenizer.eos_token_id).any(1)  # (B,)
+    input_ids = torch.cat([query_ids, responses], 1)  # (B, Q+T)
+    attention_mask = torch.cat([query_mask, mask], 1)  # (B, Q+T)
 
-        # 2. The four networks read them.
-        inputs = input_ids, attention_mask, T
-        log_probs = response_log_probs(policy, *inputs, config.temperature, k)  # (b, T)
-        ref_log_probs = response_log_probs(reference, *inputs, config.temperature, k)  # (b, T)
-        values = response_values(critic, *inputs, k)  # (b, T)
-        scores = final_scores(reward_model, *inputs, k)  # (b,)
+    # 2. The four networks read them. (log pi_old is not taken from sampling, so that it is computed
+    # just as log pi will be: before the first step the ratio is then 1.)
+    inputs = input_ids, attention_mask, responses.shape[1]
+    log_probs = response_log_probs(policy, *inputs, config.temperature)  # (B, T)
+    ref_log_probs = response_log_probs(reference, *inputs, config.temperature)  # (B, T)
+    values = response_values(critic, *inputs)  # (B, T)
+    scores = reward_model.score(input_ids, attention_mask)  # (B,)
 
-        # 3. R = r - beta log(pi_RL / pi_SFT), token by token (3.4).
-        scores = penalize_missing_eos(scores, ended, config.missing_eos)
-        rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_beta)
-        kl = zero_off(mask, log_probs - ref_log_probs).sum(1)
+    # 3. R = r - beta log(pi_RL / pi_SFT), token by token (3.4).
+    scores = penalize_missing_eos(scores, ended, config.missing_eos)
+    rewards = kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, config.kl_beta)  # (B, T)
+    kl = zero_off(log_probs - ref_log_probs, mask).sum(1)  # (B,)
 
-        # 4. Advantages and returns: GAE with gamma = 1 (3.4) and lambda = .95 (B.1).
-        advantages, returns = compute_gae(rewards, values, mask, config.gamma, config.lam)
-        for name, x in (("reward", scores), ("KL", kl), ("return", returns)):
-            check_finite(name, x)
-        batch.append(Microbatch(
-            post=torch.tensor(posts), input_ids=input_ids, attention_mask=attention_mask, mask=mask,
-            ended=ended, log_probs=log_probs, ref_log_probs=ref_log_probs, values=values,
-            scores=scores, kl=kl, rewards=rewards, advantages=advantages, returns=returns))
-    return batch
-
-
-def whiten_batch(batch):
-    """Whiten the advantages over all actions of the update, of all microbatches and processes."""
-    # The advantages of each part's actions as one vector, (its number of actions,)
-    actions = [part.advantages[part.mask] for part in batch]
-    # over_all whitens them as one long vector, without any padding, and cuts it again
-    for part, white in zip(batch, over_all(lambda x: whiten(x, torch.ones_like(x)), actions)):
-        part.advantages = torch.zeros_like(part.advantages).masked_scatter(part.mask, white)
+    # 4. Advantages and returns: GAE with gamma = 1 (3.4) and lambda = .95 (B.1); then whitened.
+    advantages, returns = compute_gae(rewards, values, mask, config.gamma, config.lam)  # (B, T)
+    for name, x in (("reward", scores), ("KL", kl), ("return", returns)):
+        check_finite(name, x)
+    return Batch(input_ids, attention_mask, mask, ended, log_probs, ref_log_probs, values, scores,
+                 kl, rewards, whiten(advantages, mask), returns)
 
 
 def check_first_update(log_probs, part, tolerance=1e-3):
@@ -297,137 +257,118 @@ def check_first_update(log_probs, part, tolerance=1e-3):
     forward passes of one model, and every later ratio would be wrong by as much.
     """
     for name, other in (("old", part.log_probs), ("reference", part.ref_log_probs)):
-        gap = zero_off(part.mask, (log_probs - other).abs()).max().item()
+        gap = zero_off((log_probs - other).abs(), part.mask).max().item()
         if not gap <= tolerance:
             raise RuntimeError(
                 f"before the first update the policy's log-probs differ from the {name} ones by "
-                f"{gap:.2g} nats (at most {tolerance:g} expected): the ratio is not 1 or the KL not"
-                " 0. Look for dropout, position ids that count padding, a mask shifted by one, or "
-                "half precision")
+                f"{gap:.2g} nats: the ratio is not 1 or the KL not 0. Look for dropout, position "
+                "ids that count padding, a mask shifted by one, or half precision")
 
 
 # ---------------------------------------------------------------------------- the loop
 
-
-def other_networks(policy, reward_model, critic, config):
-    """The policy's frozen reference, and the critic to train (section 3.4); freezes the reward
-    model."""
-    # pi_SFT is what the policy is now. V starts as the reward model, head and all (3.4). It shares
-    # no weight with the policy: early value updates could damage what was pretrained (G.1).
-    reference = freeze(copy_network(policy, "reference"))
-    if critic is None:
-        critic = copy_network(reward_model, "critic")
-    freeze(reward_model)
-    if config.checkpoint_activations:
-        checkpoint_activations(policy)
-        checkpoint_activations(critic.trunk)
-    return reference, critic
+STEP_METRICS = ("policy_loss", "policy_clip_fraction", "value_loss", "value_clip_fraction",
+                "kl_to_old_policy")  # what train_ppo notes of each step
 
 
-def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=None, critic=None):
-    """Turn the SFT model, policy, into pi_RL, in place; returns the critic. reward_model is frozen.
+def train_ppo(policy, reward_model, queries, tokenizer, config, seed, log, evaluate=None,
+              critic=None):
+    """Turn the SFT model, policy, into pi_RL, in place; returns the critic.
 
-    queries: posts as lists of token ids. They need no summary: PPO learns from its own. evaluate:
-    called after each update with the number of updates so far. critic: one to start from instead of
-    a copy of the reward model (as in G.1).
+    queries: posts as lists of token ids. They need no summary: PPO learns from its own. log: called
+    as log("ppo", update, **metrics). evaluate: called after each update with the number of updates
+    so far. critic: one to start from instead of a copy of the reward model (as in G.1).
     """
-    reference, critic = other_networks(policy, reward_model, critic, config)
-    # eps: N+; the paper doesn't say. fused: the same step, in one kernel
-    policy_adam = torch.optim.Adam(trainable(policy), lr=config.ppo_lr, eps=1e-5, fused=True)
-    critic_adam = torch.optim.Adam(trainable(critic), lr=config.ppo_lr, eps=1e-5, fused=True)
-    k = config.return_sequences  # summaries of a post
+    # pi_SFT is what the policy is now; no optimiser holds it or the reward model, so both stay as
+    # they are. V starts as the reward model, head and all (3.4). It shares no weight with the
+    # policy: early value updates could damage what was pretrained (G.1).
+    reference = copy.deepcopy(policy)
+    critic = critic or copy.deepcopy(reward_model)
+    # eps: N+; the paper doesn't say. fused: the same step, in one kernel.
+    policy_adam = torch.optim.Adam(policy.parameters(), lr=config.ppo_lr, eps=1e-5, fused=True)
+    critic_adam = torch.optim.Adam(critic.parameters(), lr=config.ppo_lr, eps=1e-5, fused=True)
     n_updates = max(1, config.ppo_episodes // config.ppo_batch_size)  # paper: 1M / 512 = 1,953
-    for update in run.steps("ppo", n_updates, snapshot=True, policy=policy, critic=critic,
-                            policy_optimizer=policy_adam, critic_optimizer=critic_adam):
-        lr = config.ppo_lr * linear_schedule(update, n_updates)  # B.1
+    for update in tqdm(range(n_updates), "ppo", leave=False, disable=None):
+        # The rate of both decays linearly (B.1). Beta never adapts: it is fixed in the paper (B.1).
+        lr = config.ppo_lr * linear_schedule(update, n_updates)
+        policy_adam.param_groups[0]["lr"] = critic_adam.param_groups[0]["lr"] = lr
 
-        # A batch of fresh summaries by pi_old, the policy as it is now (512 in the paper), k of
-        # each post; their advantages are whitened over all of it
-        some = own_queries(queries, update, config)
-        batch = rollout(policy, reference, reward_model, critic, some, tokenizer, config,
-                        own_stream(run.seed, "ppo", update, policy.device))
-        whiten_batch(batch)
+        # A batch of fresh summaries by pi_old, the policy as it is now (512 in the paper). All are
+        # trained on: keeping the best of k would not be sampling from pi_old, and bias the ratio.
+        # Several summaries of a post (return_sequences) are several rows, one after the other.
+        first = update * config.ppo_batch_size
+        posts = [queries[i // config.return_sequences % len(queries)]
+                 for i in range(first, first + config.ppo_batch_size)]  # B of them
+        batch = rollout(policy, reference, reward_model, critic, posts, tokenizer, config,
+                        generator_for(seed, "ppo", update, device=policy.device))
 
-        # Four passes over it (B.1), and in each a step of both networks on every minibatch. There
-        # is no entropy bonus, since the KL penalty does its work (3.4), and beta never adapts (B.1)
-        sums, n_steps = defaultdict(float), 0
+        # Four passes over it (B.1), in each of them a step of both networks for each minibatch.
+        # There is no entropy bonus, since the KL penalty does its work (3.4).
+        steps = []
         for epoch in range(config.ppo_epochs):
-            generator = generator_for(run.seed, "ppo epoch", update, epoch)  # of the order
-            for minibatch in minibatches(batch, config.ppo_minibatches, generator):
+            permutation = torch.randperm(
+                len(posts), generator=generator_for(seed, "ppo epoch", update, epoch))
+            for rows in permutation.chunk(config.ppo_minibatches):
+                part = Batch(*(x[rows] for x in batch))  # b rows of it
+                inputs = part.input_ids, part.attention_mask, part.mask.shape[1]
+
                 # The policy's step: actions that did better than expected become more likely.
-                # share: the part's tokens / the minibatch's tokens, over all processes
-                with one_step(policy_adam, lr, config.max_grad_norm, "policy loss") as adam_step:
-                    for part, share in minibatch:
-                        log_probs = response_log_probs(policy, *part.inputs, config.temperature, k)
-                        if update == 0 and n_steps == 0:  # nothing has changed yet: the ratio is 1
-                            check_first_update(log_probs.detach(), part)
-                        loss, clipped = policy_loss(log_probs, part.log_probs, part.advantages,
-                                                    part.mask, config.clip_range)
-                        adam_step.add(loss * share)
-                        moved = part.log_probs - log_probs.detach()  # its mean: KL(pi_old || pi)
-                        sums["kl_to_old_policy"] += masked_mean(moved, part.mask) * share
-                        sums["policy_loss"] += loss.detach() * share
-                        sums["policy_clip_fraction"] += clipped * share
+                log_probs = response_log_probs(policy, *inputs, config.temperature)  # (b, T)
+                if update == 0 and not steps:  # nothing has changed yet: the ratio is 1
+                    check_first_update(log_probs, part)
+                loss_p, clipped_p = policy_loss(log_probs, part.log_probs, part.advantages,
+                                                part.mask, config.clip_range)
+                policy_adam.zero_grad()
+                loss_p.backward()
+                clip_grad_norm_(policy.parameters(), config.max_grad_norm, error_if_nonfinite=True)
+                policy_adam.step()
 
                 # The critic's step: what it expected comes closer to what was earned. The returns
-                # stay those of the rollout in all passes
-                with one_step(critic_adam, lr, config.max_grad_norm, "value loss") as adam_step:
-                    for part, share in minibatch:
-                        values = response_values(critic, *part.inputs, k)  # (b, T)
-                        loss, clipped = value_loss(values, part.values, part.returns, part.mask,
-                                                   config.clip_range_value)
-                        adam_step.add(config.value_weight * loss * share)
-                        sums["value_loss"] += loss.detach() * share
-                        sums["value_clip_fraction"] += clipped * share
-                n_steps += 1
-        log_update(run, update, lr, batch, sums, n_steps)
+                # stay those of the rollout in all passes.
+                values = response_values(critic, *inputs)  # (b, T)
+                loss_v, clipped_v = value_loss(values, part.values, part.returns, part.mask,
+                                               config.clip_range_value)
+                critic_adam.zero_grad()
+                (config.value_weight * loss_v).backward()
+                clip_grad_norm_(critic.parameters(), config.max_grad_norm, error_if_nonfinite=True)
+                critic_adam.step()
+
+                moved = masked_mean(part.log_probs - log_probs, part.mask)  # KL(pi_old || pi)
+                steps.append(torch.stack([loss_p, clipped_p, loss_v, clipped_v, moved]).detach())
+        means = torch.stack(steps).double().mean(0).tolist()  # over all steps of all passes
+        log("ppo", update, lr=lr, **batch_metrics(batch), **dict(zip(STEP_METRICS, means)))
         if evaluate:
             evaluate(update + 1)
     return critic
 
 
-def explained_variance(batch):
-    """1 - Var(R - V) / Var(R) over all actions of an update, R the returns and V the critic's
-    values before it. 1: it foresees each return; 0: it knows no more than their mean; below: less.
-    """
-    def variance(vectors):
-        return mean_of_all([x**2 for x in vectors]) - mean_of_all(vectors) ** 2
-
-    errors = variance([(part.returns - part.values)[part.mask] for part in batch])
-    return 1 - errors / max(variance([part.returns[part.mask] for part in batch]), 1e-8)
-
-
-def log_update(run, update, lr, batch, sums, n_steps):
-    """A line of metrics.jsonl, means over the whole batch; and a warning where a run goes wrong."""
-    metrics = {
-        "lr": lr,
-        # the score, without the KL penalty; references have mean 0
-        "reward": mean_of_all([part.scores for part in batch]),
-        "kl_per_summary": mean_of_all([part.kl for part in batch]),  # nats
-        "length": mean_of_all([part.mask.sum(1) for part in batch]),  # tokens
-        "ended": mean_of_all([part.ended for part in batch]),
+def batch_metrics(batch):
+    """What a line of metrics.jsonl says of a batch of summaries: numbers by name."""
+    values, returns = batch.values[batch.mask], batch.returns[batch.mask]  # of all actions
+    return {
+        "reward": batch.scores.mean().item(),  # without the KL penalty; references have mean 0
+        "kl_per_summary": batch.kl.mean().item(),  # nats
+        "length": batch.mask.sum(1).float().mean().item(),  # tokens
+        "ended": batch.ended.float().mean().item(),
         # -log pi of what was sampled: on average the entropy, in nats per token
-        "entropy": mean_of_all([-part.log_probs[part.mask] for part in batch]),
-        "explained_variance": explained_variance(batch)}
-    for name, total in sums.items():
-        metrics[name] = sum_over_processes(total).item() / n_steps
-    run.log("ppo", update, **metrics)
-    warn_of_collapse(run)
+        "entropy": -batch.log_probs[batch.mask].mean().item(),
+        # 1: the critic foresees each return; 0: it knows no more than their mean; below: less
+        "explained_variance": 1 - ((returns - values).var(correction=0)
+                                   / returns.var(correction=0).clamp(min=1e-8)).item()}
 
 
 if __name__ == "__main__":
     # A summary of three actions (the third is EOS) and one position of padding; score 2, beta 0.05
     log_probs, ref_log_probs = torch.tensor([[[-1.0, -2, -0.5, -3]], [[-1.2, -1.5, -1, -3]]])
-    mask = torch.tensor([[1, 1, 1, 0]])
+    mask, values = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[0.1, 0.2, 0.3, 0.0]])
     rewards = kl_penalized_rewards(torch.tensor([2.0]), log_probs, ref_log_probs, mask, 0.05)
     print("rewards:", rewards.tolist(), "sum = score - beta KL =", rewards.sum().item())
-    values = torch.tensor([[0.1, 0.2, 0.3, 0.0]])
     advantages, returns = compute_gae(rewards, values, mask)
     print("advantages:", advantages.tolist(), "returns:", returns.tolist())
     print("whitened:", whiten(advantages, mask).tolist())
     ratio, a = torch.tensor([[[1.5, 1.5, 0.5, 0.5, 1.1]], [[1.0, -1.0, 1.0, -1.0, 2.0]]])
     loss, clipped = policy_loss(ratio.log(), torch.zeros(1, 5), a, torch.ones(1, 5))
     print("policy loss:", loss.item(), "clip fraction:", clipped.item())
-    v = torch.tensor([[1.5, 1.1, 0.5]])
-    loss, clipped = value_loss(v, torch.ones(1, 3), torch.full((1, 3), 2.0), torch.ones(1, 3))
+    v, ones = torch.tensor([[1.5, 1.1, 0.5]]), torch.ones(1, 3)
+    loss, clipped = value_loss(v, ones, 2 * ones, ones)
     print("value loss:", loss.item(), "clip fraction:", clipped.item())

@@ -1,12 +1,11 @@
 """Learning to summarize from human feedback (Stiennon et al. 2020), the whole loop in one script.
 
-    python rlhf_minimal.py                    # tiny world: CPU, no download, a minute or two
+    python rlhf_minimal.py                    # tiny world: CPU, no download
     python rlhf_minimal.py --fast_dev_run     # a few steps of every stage, seconds
-    python rlhf_minimal.py --comparisons mine.jsonl --posts posts.jsonl --judge longest
-                                              # your own rows, judged by a baseline: the longer wins
+    python rlhf_minimal.py --preset student   # real models and data: engine/ takes over
 
-`run_all` is section 3.1 of the paper. Most calls in it are a stage: a function further down, which
-leads on to `sft.py`, `reward.py`, `ppo.py` or `judge.py`. A run leaves a folder under runs/.
+`run_all` is section 3.1 of the paper: each paragraph of it is a stage, which leads on to `sft.py`,
+`reward.py`, `ppo.py` or `judge.py`. A run leaves a folder under runs/.
 
 What differs from the paper: in the tiny world a tiny model, and a program that labels in place of
 people (`toy.py`); and one round of the loop, where OpenAI trained four reward models, on more
@@ -16,407 +15,398 @@ comparisons each time (C.6), with the newest policy's summaries among them (3.1)
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent
 if __name__ == "__main__":  # python -m would import an lm.py of the current folder in place of ours
-    sys.path[0] = str(Path(__file__).resolve().parent)
+    sys.path[0] = str(ROOT)
 
+import argparse
+import hashlib
+import inspect
 import json
+import math
+import os
+import re
 import shlex
 import shutil
-from contextlib import suppress
+import subprocess
+import time
+from dataclasses import dataclass, fields
 from functools import partial
+from importlib.metadata import version
 from statistics import fmean as mean
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from transformers import logging
+from transformers import AutoModelForCausalLM, logging
 
+import judge
 import toy
-from engine.adapters import add_adapter, checkpoint_activations
-from engine.batches import generator_for, posts_per_update
-from engine.checkpoints import is_finished
-from engine.devices import available_memory, mixed_precision, peak_memory_bytes, pick_device
-from engine.devices import pick_dtype
-from engine.folder import SOURCES, Run, check_folder, choose_folder, describe, describe_hub
-from engine.folder import recorded
-from engine.memory import check_memory, memory_plan, peak_of
-from engine.models import causal_config, from_hub, go_offline_unless_reachable
-from engine.models import load_for_training, load_language_model, load_tokenizer
-from engine.processes import agreed, n_processes, rank, start_processes
-from engine.report import one_line, report
-from engine.rows import read_text
-from engine.settings import JUDGES, SettingError, check_ranges, parse
-from judge import JudgeConfig, agreements, best_of_n, best_of_n_kl, compare_summaries, judge_during
-from judge import judge_the_judge, judged, load_judge, mean_words, measure_reward_model
-from judge import reward_model_judge
-from lm import decode_response, sample_responses
+from lm import encode_responses, generator_for, write_summaries
 from ppo import PPOConfig, train_ppo
 from reward import RewardConfig, RewardModel, normalize, preference_accuracy, score_summaries
 from reward import train_reward
 from sft import SFTConfig, train_sft
-from tldr import DataError, check_titles, encode, encode_pairs, load_task
+from tldr import DataError, encode_prompts
 
 
-def run_all(settings):
-    """The paper's loop, once around (3.1, Fig. 2). Returns what results.json holds."""
-    prepared = prepare_run(settings)
-    if prepared is None:  # it was finished before, and --resume has nothing to do
-        return None
-    run, data, tokenizer, model, reward_model, judge = prepared
-    # Posts with human references (3.2) and comparisons (3.3), of which some are held out
-    posts, held_out, compared, compared_held_out = data
+@dataclass
+class RunConfig:
+    seed: int = 0  # of everything; paper: 3-10 seeds for the RM (B.1)
+    output_dir: str = None  # folder of the run; fresh runs/tiny-<n>
+    resume: bool = False  # go on with the run that was stopped in output_dir
+    restart: bool = False  # throw away the run that output_dir holds
+    fast_dev_run: bool = False  # a few steps of every stage
+    device: str = "auto"  # auto (cuda, else cpu), cpu or cuda
+    query_length: int = 512  # tokens of a prompt at most; paper: 512 (B.2)
+    summary_length: int = 128  # of a given summary; 2020 code: 128 for the RM
+
+
+# ---------------------------------------------------------------------------- the loop, 3.1
+
+
+def run_all(run, settings):
+    """The paper's loop, once around (3.1, Fig. 2). Returns results and samples of a run.
+
+    Each stage begins from what the one before it has saved, so that --resume can leave out those
+    that are done: it ends with the same numbers, bit for bit.
+    """
+    # Posts with human references (3.2), and posts to compare summaries of (3.3)
+    posts, held_out, compared, compared_held_out = toy.make_data(settings)
     held_out = held_out[: settings.judge_posts]
     few = held_out[: settings.judge_during]  # for what is judged during PPO, and best of n
-    # ... as token ids, and how a model's summaries come back as text
+    tokenizer, model = toy.make_start(posts, settings, settings.device)
     queries, references = encode(posts, [post["summary"] for post in posts], tokenizer, settings)
     writes = partial(write, tokenizer, settings)  # (model, posts) -> summaries
-    with run.guarded(), mixed_precision(run.device, run.dtype):  # Ctrl-C saves; half precision
-        # Where the loop starts: pi_SFT, a language model fine-tuned on the references (3.4)
-        sft = supervised_baseline(run, settings, queries, references, tokenizer, model)
+    pad_id, seed = tokenizer.pad_token_id, settings.seed
 
-        # Step 1: people, or the tiny world's labeler, compare two summaries of a post (3.1, 3.3)
-        pairs, held_out_pairs, held_out_rows, results = collect_comparisons(
-            run, settings, compared, compared_held_out, tokenizer, writes, sft)
+    # Where the loop starts: pi_SFT, a language model fine-tuned on the references (3.4)
+    if not run.has("sft"):
+        train_sft(model, queries, references, pad_id, settings, seed, run.log)
+        run.save("sft", model, tokenizer)
+    sft = run.language_model("sft")
 
-        # Step 2: a reward model learns to score the preferred one higher (3.4)
-        reward_model = make_reward_model(run, settings, pairs, queries, references, tokenizer, sft,
-                                         reward_model)
-        reward_of = partial(score, tokenizer, settings, reward_model)  # (posts, summaries) -> r
+    # Step 1: the tiny world's labeler compares two summaries of a post (3.1, 3.3)
+    rows, facts = compare(settings, compared, "train", partial(writes, sft))
+    held_out_rows, _ = compare(settings, compared_held_out, "held out", partial(writes, sft))
+    pairs, held_out_pairs = (encode_pairs(some, tokenizer, settings)
+                             for some in (rows, held_out_rows))
 
-        # How often it, and the judge, agree with held-out labels (4.3, 3.3)
-        ask = partial(judged, run, judge or reward_model_judge(reward_of), settings.judge)
-        results |= measure_reward_model(run, reward_model, pairs, held_out_pairs, held_out_rows,
-                                        tokenizer, settings.rollout_batch_size or 256)
-        results |= judge_the_judge(ask, held_out_rows, settings.judge_posts)
+    # Step 2: a reward model learns to score the preferred one higher (3.4)
+    if not run.has("reward_model"):
+        torch.manual_seed(seed)  # for the head
+        reward_model = RewardModel(sft)
+        train_reward(reward_model, pairs, pad_id, settings, seed, run.log)
+        normalize(reward_model, queries[:1000], references[:1000], pad_id)  # a mean sharp enough
+        run.save("reward_model", reward_model, tokenizer)
+    reward_model = RewardModel.from_pretrained(run.folder / "reward_model").to(settings.device)
+    reward_of = partial(score, tokenizer, settings, reward_model)  # (posts, summaries) -> r
 
-        # What pi_SFT writes, before it becomes the policy, and its best of n samples (4.1, G.3)
-        sft_texts = writes(sft, held_out)
-        best_texts = best_of_n(writes, reward_of, sft, few, settings.best_of_n)
+    # How often it, and the judge, agree with held-out labels (4.3, 3.3)
+    ask = partial(judge.judged, judge.make_judge(settings.judge, reward_of), settings.judge)
+    results = {"preset": "tiny", "seed": seed, "fact_accuracy": facts, "warnings": []}
+    results |= judge.measure_reward_model(reward_model, pairs, held_out_pairs, held_out_rows,
+                                          tokenizer, results["warnings"].append)
+    results |= judge.judge_the_judge(ask, held_out_rows, settings.judge_posts)
 
-        # Step 3: PPO makes what the reward model likes more likely (3.4). In place: sft is the
-        # policy from here on
-        policy = optimize_policy(run, settings, queries, few, tokenizer, sft, reward_model, ask,
-                                 sft_texts)
+    # What pi_SFT writes, before it becomes the policy, and its best of n samples (4.1, G.3)
+    sft_texts = writes(sft, held_out)
+    best_texts = judge.best_of_n(writes, reward_of, sft, few, settings.best_of_n)
 
-        # Who wrote the better summaries? (4.1)
-        return judge_summaries(run, settings, held_out, sft_texts, best_texts,
-                               writes(policy, held_out), reward_of, ask, results)
+    # Step 3: PPO makes what the reward model likes more likely (3.4). In place: sft becomes the
+    # policy, whose win rate is taken every judge_every updates on a few held-out posts
+    def evaluate(update):
+        if settings.judge_every and update % settings.judge_every == 0:
+            judge.judge_during(run.log, update, ask, few, writes(sft, few), sft_texts)
 
+    if not run.has("policy"):
+        critic = train_ppo(sft, reward_model, queries, tokenizer, settings, seed, run.log, evaluate)
+        run.save("critic", critic, tokenizer)
+        run.save("policy", sft, tokenizer)
 
-# ---------------------------------------------------------------------------- what is there already
-
-
-def prepare_run(settings):
-    """What there is before anything is trained: the run's folder, its data, tokenizer and model to
-    start from, and reward model and judge, None where they are trained here. None for a run that is
-    finished. Whatever is missing, wrong or too large for this machine ends the run here."""
-    device = start_processes(pick_device(settings.device))
-    dtype = pick_dtype(settings.dtype, device)
-    folder, flags = settings.output_dir, (settings.restart, settings.resume)
-    if settings.resume and settings.checkpoint_activations is None:  # what was chosen then
-        settings.checkpoint_activations = recorded(folder, "checkpoint_activations")
-    config = describe(vars(settings))
-    # First what takes no time
-    with agreed():
-        posts_per_update(settings)
-        check_folder(folder, config, *flags)
-    if settings.resume and is_finished(folder):
-        shutil.rmtree(Path(folder, "checkpoints"), ignore_errors=True)  # a kill may have left them
-        print(f"{folder} is finished, nothing to resume: see {Path(folder, 'report.md')}")
-        return None
-    # Then what is read or downloaded. The folder is made last, when nothing is wrong
-    with agreed():
-        judge, start, reward_model, dtype = load_given(settings, device, dtype)
-        data = load_data(settings)
-        tokenizer, model = start or toy.make_start(data[0], settings, device)
-        check_fit(settings, data, tokenizer)
-        config["checkpoint_activations"] = bool(settings.checkpoint_activations)
-        config["from_hub"] = describe_hub(config, data)
-        run = Run(folder, config, *flags, settings.save_seconds, device, dtype)
-    return run, data, tokenizer, model, reward_model, judge
+    # Who wrote the better summaries? (4.1)
+    texts = writes(run.language_model("policy"), held_out)
+    rates, outcomes = judge.compare_summaries(ask, held_out, sft_texts, texts, best_texts)
+    ideal, swapped = (torch.tensor(reward_of(held_out, side))
+                      for side in toy.swapped_fact_pairs(held_out, seed))
+    results |= rates | {
+        "best_of_n_kl": judge.best_of_n_kl(settings.best_of_n),
+        "reward_accuracy_swapped_fact": preference_accuracy(ideal, swapped),
+        "kl_per_summary": run.history("ppo")[-1]["kl_per_summary"]}
+    return results, judge.describe_samples(results, outcomes, held_out, sft_texts, texts, reward_of)
 
 
-def load_given(settings, device, dtype):
-    """The judge, (tokenizer, language model), and the reward model; None for what is made here, and
-    for a judge that is this run's own reward model. And the type to multiply in."""
-    given = [vars(settings)[name] for name in SOURCES if vars(settings)[name]]
-    if not all(source in JUDGES or Path(source).exists() for source in given):  # hub ids
-        go_offline_unless_reachable()
-    start, small = settings.sft_model or settings.base_model, settings.fast_dev_run
-    reward_model = load_reward_model(settings) if settings.reward_model else None
-    if start and not small:
-        plan_memory(settings, start, device, dtype)
-    judge = model = None
-    if settings.judge != "reward_model":
-        judge = load_judge(settings.judge, small, device, dtype)
-    if start:
-        *model, dtype = load_for_training(start, device, dtype, settings)
-    return judge, model, reward_model, dtype
-
-
-def plan_memory(settings, start, device, dtype):
-    """Raise SettingError if the models won't fit into memory, even where activations are computed
-    twice, which this switches on if it has to."""
-    configs = [causal_config(name) for name in (start, settings.judge) if name not in JUDGES]
-    plan = memory_plan(settings, *configs, device=device, dtype=dtype)
-    available, where = available_memory(device)
-    if settings.checkpoint_activations is None and peak_of(plan) > available:
-        print("memory: too little, so activations are computed twice (--checkpoint_activations)")
-        settings.checkpoint_activations = True
-        plan = memory_plan(settings, *configs, device=device, dtype=dtype)
-    check_memory(plan, available, where)
-
-
-def load_reward_model(settings):
-    """The reward model of an earlier run, from a folder or the hub."""
-    if settings.reward_model.count("/") == 1 and not Path(settings.reward_model).exists():
-        settings.reward_model = from_hub(snapshot_download, settings.reward_model)
-    try:
-        return from_hub(RewardModel.from_pretrained, settings.reward_model)
-    except SettingError as error:
-        raise SettingError(f"--reward_model {error} (expected the reward_model/ folder of a run, "
-                           "or the hub id of one)") from None
-
-
-def load_data(settings):
-    """Posts with references to train on, and held out to judge on; comparisons to train on, and
-    held out; no post on both sides. In the tiny world the comparisons are still posts here."""
-    if not settings.posts:
-        return toy.make_data(settings)
-    # 2,000 pairs tell an accuracy to +- .02; the hub's validation part has 83,802
-    most, measured = (64, 16) if settings.fast_dev_run else (settings.max_posts or None, 2000)
-    return load_task(settings.posts, settings.comparisons, settings.seed, most, measured)
-
-
-def check_fit(settings, data, tokenizer):
-    """What would else be found when its stage begins, after hours: a post whose title has no room
-    for its cue, and a reward model that reads other token ids."""
-    if settings.posts:
-        posts, held_out, compared, compared_held_out = data
-        for source, rows in ((settings.posts, posts + held_out),
-                             (settings.comparisons, compared + compared_held_out)):
-            check_titles(rows, source, tokenizer, settings.query_length, settings.prompt_newlines)
-    given = settings.reward_model
-    if given and load_tokenizer(given).get_vocab() != tokenizer.get_vocab():
-        raise SettingError(f"--reward_model {given}: it was trained with another tokenizer than "
-                           "the SFT model; pass one that fits")
+def compare(settings, posts, name, writes):
+    """Sample summaries of the posts from the SFT model, and let the labeler choose. Returns the
+    comparisons, and how many of the facts in these samples are right."""
+    # two samples of a quarter of the posts, one of another quarter; the rest needs none
+    samples = [writes(posts[:count], settings.temperature, name, i)
+               for i, count in enumerate((len(posts) // 2, len(posts) // 4))]
+    rows = toy.make_comparisons(posts, *samples, f"{name} {settings.seed}",
+                                settings.toy_length_bias)
+    print(f"comparisons, {name}: {len(rows)} labelled, {len(posts) - len(rows)} left out as their "
+          "summaries are identical")
+    return rows, toy.fact_accuracy(posts, samples[0])
 
 
 # ---------------------------------------------------------------------------- text in, text out
 
 
+def encode(posts, summaries, tokenizer, settings):
+    """Posts and summaries as token ids: queries and responses."""
+    return (encode_prompts(posts, tokenizer, settings.query_length),
+            encode_responses(summaries, tokenizer, settings.summary_length))
+
+
+def encode_pairs(rows, tokenizer, settings):
+    """Comparisons -> [(query, chosen, rejected), ...] as token ids."""
+    posts, *sides = ([row[key] for row in rows] for key in ("post", "chosen", "rejected"))
+    return list(zip(encode_prompts(posts, tokenizer, settings.query_length), *(
+        encode_responses(side, tokenizer, settings.summary_length) for side in sides)))
+
+
 def score(tokenizer, settings, reward_model, posts, summaries):
     """Texts -> a list of rewards."""
     return score_summaries(reward_model, *encode(posts, summaries, tokenizer, settings),
-                           tokenizer.pad_token_id, settings.rollout_batch_size or 256).tolist()
+                           tokenizer.pad_token_id).tolist()
 
 
 def write(tokenizer, settings, model, posts, temperature=0.0, *stream):
     """A summary of each post, as text; at temperature 0, as the paper evaluates (Fig. 8), or drawn
     from the random stream of that name."""
-    queries, _ = encode(posts, [], tokenizer, settings)
+    queries = encode_prompts(posts, tokenizer, settings.query_length)
     generator = generator_for(settings.seed, *stream, device=model.device)
-    responses = sample_responses(model, tokenizer, queries, settings.response_length, temperature,
-                                 generator, settings.rollout_batch_size or 256)
-    return [decode_response(ids, tokenizer) for ids in responses]
+    return write_summaries(model, tokenizer, queries, settings.response_length, temperature,
+                           generator)
 
 
-# ---------------------------------------------------------------------------- the stages
+# ---------------------------------------------------------------------------- the folder of a run
+
+OURS = ("results.json", "report.md", "metrics.jsonl", "samples.jsonl", "curves.png", "sft",
+        "reward_model", "critic", "policy", "unfinished", "config.json")  # what a run leaves
+MAY_DIFFER = ("resume", "restart", "output_dir", "environment")  # of a run that goes on
 
 
-def supervised_baseline(run, settings, queries, references, tokenizer, model):
-    """pi_SFT, trained on (post, reference) pairs (3.4, sft.py), unless it is given."""
-    if settings.lora_rank and settings.base_model:
-        model = add_adapter(model, settings.lora_rank, settings.seed)
-    if not settings.sft_model:
-        if settings.checkpoint_activations:
-            checkpoint_activations(model)
-        train_sft(run, model, queries, references, tokenizer.pad_token_id, settings)
-        print(f"sft: {len(queries)} posts, last loss {run.history('sft')[-1]['loss']:.3f} nats per "
-              "token")
-        if settings.posts and not settings.base_model:
-            print("sft: a tiny model that has seen so few posts can't write good summaries; this "
-                  "shows that your rows go through, not what the method reaches")
-    run.save_model("sft", model, tokenizer)
-    # what is trained from here on is an adapter; a tiny model from scratch had to learn first
-    if settings.lora_rank and not settings.base_model:
-        model = add_adapter(model, settings.lora_rank, settings.seed)
-    return model
+class Run:
+    """The folder of a run. A stage's result gets its name once it is whole, so that --resume leaves
+    out the stages that are there, and does the one that was cut from its beginning."""
+
+    def __init__(self, settings):
+        self.folder, self.device, self.times = Path(settings.output_dir), settings.device, {}
+        config, name = describe(settings), f"--output_dir {settings.output_dir}"
+        old = json.loads(self.read("config.json") or "{}")
+        if self.folder.exists() and any(self.folder.iterdir()):
+            if "environment" not in old:
+                raise SettingError(f"{name} holds other files: nothing is ever deleted there, "
+                                   "choose a new folder")
+            if not settings.resume and not settings.restart:
+                raise SettingError(f"{name} already holds a run: choose a new folder, go on with "
+                                   "--resume, or throw that run away with --restart")
+            for key in config.keys() - set(MAY_DIFFER) if settings.resume else ():
+                if old.get(key) != config[key]:
+                    raise SettingError(f"{name}: can't be resumed, {key} was {old.get(key)} and is "
+                                       f"now {config[key]}; put it back, or begin anew with "
+                                       "--restart")
+            for ours in OURS if settings.restart else ():
+                self.remove(ours)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.has("config.json"):
+            self.write("config.json", config)
+        # of the metrics, the lines of the stages that are done; a torn last line is of none
+        folders = {"sft": "sft", "reward": "reward_model"}
+        self.lines = [line for line in self.read("metrics.jsonl").split("\n")[:-1]
+                      if self.has(folders.get(json.loads(line)["stage"], "policy"))]
+        self.write("metrics.jsonl", "".join(line + "\n" for line in self.lines))
+
+    def has(self, name):
+        return (self.folder / name).exists()
+
+    def read(self, name):
+        return (self.folder / name).read_text(encoding="utf-8") if self.has(name) else ""
+
+    def remove(self, name):
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        (self.folder / name).unlink(missing_ok=True)
+
+    def save(self, name, *parts):
+        """Write a model and its tokenizer to a folder."""
+        for part in parts:
+            part.save_pretrained(self.folder / "unfinished")
+        self.remove(name)
+        os.replace(self.folder / "unfinished", self.folder / name)
+
+    def write(self, name, content):
+        """Write text, or anything else as JSON, to a file."""
+        text = content if isinstance(content, str) else json.dumps(finite(content), indent=2) + "\n"
+        self.remove("unfinished")
+        (self.folder / "unfinished").write_text(text, encoding="utf-8")
+        os.replace(self.folder / "unfinished", self.folder / name)
+
+    def language_model(self, name):
+        model = AutoModelForCausalLM.from_pretrained(self.folder / name)
+        return model.to(self.device).eval()
+
+    def log(self, stage, step, **metrics):
+        """Append a line to metrics.jsonl, and note when the stage began and how far it is."""
+        now = time.perf_counter()
+        self.times[stage] = self.times.get(stage, (now,))[0], now
+        self.lines.append(json.dumps(finite({"stage": stage, "step": step, **metrics})))
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(self.lines[-1] + "\n")
+
+    def history(self, stage):
+        """The logged lines of one stage, as dicts."""
+        return [line for line in map(json.loads, self.lines) if line["stage"] == stage]
 
 
-def collect_comparisons(run, settings, compared, held_out, tokenizer, writes, sft):
-    """Step 1. OpenAI's labelers, or the people of your file, have made them before; in the tiny
-    world the SFT model writes now and the labeler chooses. Returns pairs of token ids to train on
-    and held out, the held-out rows as text, and the first results."""
-    results = {"preset": settings.preset, "seed": settings.seed}
-    if not settings.posts:
-        compared, results["fact_accuracy"] = compare_in_tiny_world(
-            run, settings, compared, "train", writes, sft)
-        held_out, _ = compare_in_tiny_world(run, settings, held_out, "held out", writes, sft)
-    pairs, _ = encode_pairs(compared, tokenizer, settings)
-    return pairs, *encode_pairs(held_out, tokenizer, settings), results
+def describe(settings):
+    """What config.json holds: settings, versions, and a digest of each file a result depends on."""
+    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True)
+    files = {name: hashlib.sha256((ROOT / f"{name}.py").read_bytes()).hexdigest()[:16] for name in
+             ("rlhf_minimal", "sft", "reward", "ppo", "judge", "lm", "tldr", "toy")}
+    environment = {name: version(name) for name in ("torch", "transformers")}
+    return {**vars(settings), "preset": "tiny", "files": files, "environment": {
+        "git_commit": commit.stdout.decode().strip() or None, "threads": torch.get_num_threads(),
+        **environment}}
 
 
-def compare_in_tiny_world(run, settings, posts, name, writes, sft):
-    """Sample summaries from the SFT model and let the labeler choose (toy.make_comparisons)."""
-    with run.timed(f"comparisons, {name}"):
-        # two samples of a quarter of the posts, one of another quarter; the rest needs none
-        samples = [writes(sft, posts[:count], settings.temperature, name, i)
-                   for i, count in enumerate((len(posts) // 2, len(posts) // 4))]
-        comparisons = toy.make_comparisons(posts, *samples, f"{name} {run.seed}",
-                                           settings.toy_length_bias)
-    print(f"comparisons, {name}: {len(comparisons)} labelled, {len(posts) - len(comparisons)} left "
-          "out as their summaries are identical")
-    return comparisons, toy.fact_accuracy(posts, samples[0])
-
-
-def make_reward_model(run, settings, pairs, queries, references, tokenizer, sft, given):
-    """Step 2: the reward model, given or trained; references score 0 on average (reward.py)."""
-    if given:
-        reward_model = given.to(run.device)
-        if settings.lora_rank:  # its weights are others than pi_SFT's
-            reward_model.trunk = add_adapter(reward_model.trunk.to(sft.dtype), settings.lora_rank,
-                                             settings.seed, "reward")
-    else:
-        torch.manual_seed(settings.seed)  # for the head
-        reward_model = RewardModel(sft)
-        if settings.checkpoint_activations:
-            checkpoint_activations(reward_model.trunk)
-        train_reward(run, reward_model, pairs, tokenizer.pad_token_id, settings)
-        normalize(reward_model, queries[:1000], references[:1000],  # their mean is sharp enough
-                  tokenizer.pad_token_id, settings.rollout_batch_size or 256)
-    run.save_model("reward_model", reward_model, tokenizer)
-    return reward_model
-
-
-def optimize_policy(run, settings, queries, few, tokenizer, sft, reward_model, ask, sft_texts):
-    """Step 3: PPO turns the SFT model into the policy (3.4, ppo.py)."""
-    def evaluate(update):
-        """The periodic win rate: every judge_every updates, on a few held-out posts."""
-        if settings.judge_every and update % settings.judge_every == 0:
-            judge_during(run, update, ask, few, write(tokenizer, settings, sft, few), sft_texts)
-
-    critic = train_ppo(run, sft, reward_model, queries, tokenizer, settings, evaluate)
-    run.save_model("policy", sft, tokenizer)
-    run.save_model("critic", critic, tokenizer)
-    last = run.history("ppo")[-1]
-    print(f"ppo: {last['step'] + 1} updates, reward {last['reward']:.2f}, "
-          f"KL {last['kl_per_summary']:.2f} nats per summary")
-    return sft  # the same object, trained
-
-
-def judge_summaries(run, settings, posts, sft_texts, best_texts, texts, reward_of, ask, results):
-    """Judge the summaries of held-out posts (4.1, judge.py); save, report, return the results."""
-    with run.timed("judge"):
-        rates, outcomes = compare_summaries(ask, posts, sft_texts, texts, best_texts)
-        results |= rates | {"best_of_n_kl": best_of_n_kl(settings.best_of_n)}
-        if "facts" in posts[0]:  # the tiny world
-            ideal, swapped = (torch.tensor(reward_of(posts, side))
-                              for side in toy.swapped_fact_pairs(posts, run.seed))
-            results["reward_accuracy_swapped_fact"] = preference_accuracy(ideal, swapped)
-        rewards_sft, rewards_ppo = reward_of(posts, sft_texts), reward_of(posts, texts)
-    results |= {"kl_per_summary": run.history("ppo")[-1]["kl_per_summary"],
-                "reward_sft": mean(rewards_sft), "reward_ppo": mean(rewards_ppo),
-                "mean_length_sft": mean_words(sft_texts), "mean_length_ppo": mean_words(texts),
-                "mean_length_reference": mean_words([post["summary"] for post in posts]),
-                "warnings": list(run.warnings.values()), "seconds": run.total_seconds(),
-                "peak_memory_bytes": peak_memory_bytes()}
-    samples = []
-    for i, post in enumerate(posts):
-        samples.append({"post": {key: post[key] for key in ("subreddit", "title", "post")},
-                        "reference": post["summary"], "sft": sft_texts[i], "ppo": texts[i],
-                        "reward_sft": rewards_sft[i], "reward_ppo": rewards_ppo[i],
-                        "ppo_vs_reference": outcomes["ppo_vs_reference"][i],
-                        "ppo_vs_sft": outcomes["ppo_vs_sft"][i], "judge": settings.judge})
-    run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
-    if rank() == 0:
-        run.write("results.json", results)  # before anything is drawn or printed, which may fail
-        report(run, results, samples, agreements(results))
-        run.remove("checkpoints")
-    return results
+def finite(value):
+    """The same with None for NaN and infinity, which JSON doesn't have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---------------------------------------------------------------------------- the command line
 
 
+class SettingError(ValueError):
+    """Something the user typed, in one line: what it was, what was expected, what to do."""
+
+
+FAST = {  # --fast_dev_run: so few of everything that only the code is tested
+    "toy_posts": 64, "toy_comparisons": 200, "toy_held_out": 16, "ppo_episodes": 32,
+    "ppo_batch_size": 16, "ppo_epochs": 2, "judge_every": 1, "judge_during": 8, "judge_posts": 16,
+    "best_of_n": 4, "response_length": 16, "reward_batch_size": 8}
+NEGATIVE = ("missing_eos", "toy_length_bias")  # numbers that may be below zero
+NOT_ZERO = ("batch_size", "epochs", "episodes", "minibatches", "length", "posts", "comparisons",
+            "held_out", "width", "layers", "heads", "sequences", "of_n", "during", "temperature",
+            "clip_range", "clip_range_value", "grad_norm")  # ends of names of those above zero
+
+
+def make_parser(*configs):
+    """A command line with a flag for each field of the dataclasses; what --help says of a field is
+    the comment beside it."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, usage="python rlhf_minimal.py [--setting value ...]",
+        formatter_class=partial(argparse.HelpFormatter, max_help_position=24, width=110))
+    parser.error = refuse
+    for config in configs:
+        source = inspect.getsource(config)
+        for field in fields(config):
+            words = re.search(rf"^    {field.name}:.*?  # (.*)$", source, re.M)[1]
+            kind = {"action": "store_true"} if field.type is bool else {
+                "type": field.type, "metavar": "", "default": field.default}
+            parser.add_argument(f"--{field.name}", **kind, help=words.replace("%", "%%")
+                                + f" (default: {field.default})")
+    return parser
+
+
+def refuse(message):
+    raise SettingError(f"{message}; `python rlhf_minimal.py --help` lists the settings")
+
+
+def check_settings(settings):
+    """Raise SettingError for the first number that makes no sense; NaN never does."""
+    for name, value in vars(settings).items():
+        if type(value) in (int, float):
+            low = -1e6 if name in NEGATIVE else 0
+            if not low <= value < 2**63 or value == 0 and name.endswith(NOT_ZERO):
+                refuse(f"--{name} {value}: expected a number of {low:g} or more, "
+                       "0 where it makes sense")
+    if settings.ppo_batch_size % settings.return_sequences:
+        refuse(f"--return_sequences {settings.return_sequences}: expected a divisor of "
+               f"ppo_batch_size ({settings.ppo_batch_size})")
+    if settings.toy_width % (2 * settings.toy_heads):
+        refuse(f"--toy_width {settings.toy_width}: expected a multiple of 2 x toy_heads "
+               f"({settings.toy_heads})")
+
+
 def parse_settings(arguments):
-    """Command line -> one namespace of all settings (engine/settings.py)."""
-    return parse(arguments, (SFTConfig, RewardConfig, PPOConfig, JudgeConfig))
+    """Command line -> one namespace of all settings; None where it names real models or data."""
+    parser = make_parser(RunConfig, toy.ToyConfig, SFTConfig, RewardConfig, PPOConfig,
+                         judge.JudgeConfig)
+    if parser.parse_known_args(arguments)[0].fast_dev_run:
+        parser.set_defaults(**FAST)  # what is typed always counts
+    settings, unknown = parser.parse_known_args(arguments)
+    if unknown or settings.judge not in judge.JUDGES:
+        return None
+    check_settings(settings)
+    if settings.device == "auto":
+        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
+    n = 1
+    while Path(f"runs/tiny-{n}").exists():
+        n += 1  # the first that is free, or to resume the last that is not
+    settings.output_dir = settings.output_dir or f"runs/tiny-{max(1, n - settings.resume)}"
+    return settings
 
 
-def summarize(settings):
-    """--summarize FILE: the summaries of one post by the SFT model and the policy of a finished
-    run, with their rewards."""
-    folder = Path(settings.output_dir or "")
-    if not is_finished(folder):
-        raise SettingError(f"--summarize needs --output_dir with a finished run, got {folder}")
-    try:
-        text = read_text(Path(settings.summarize)).strip()
-    except (OSError, ValueError) as error:
-        raise SettingError(f"--summarize {settings.summarize}: expected a UTF-8 text file "
-                           f"({error})") from None
-    if not text:
-        raise SettingError(f"--summarize {settings.summarize}: expected a post, found no text")
-    for name in ("query_length", "prompt_newlines", "summary_length", "response_length"):
-        value = recorded(folder, name)
-        if type(value) is not int:
-            raise SettingError(f"--output_dir {folder}: expected the settings of a run in "
-                               f"config.json, found no {name}; run it again, or choose another")
-        setattr(settings, name, value)
-    check_ranges(settings)
-    device = pick_device(settings.device)
-    reward_model = from_hub(RewardModel.from_pretrained, folder / "reward_model").to(device)
-    posts = [{"post": text}]
-    for name in ("sft", "policy"):
-        tokenizer, model = load_language_model(folder / name, device)
-        texts = write(tokenizer, settings, model, posts)
-        (reward,) = score(tokenizer, settings, reward_model, posts, texts)
-        print(f"{name:>6} (reward {reward:+.2f}): {one_line(texts[0])}")
+def print_end(run, results, samples):
+    """What the terminal shows of a finished run: three posts, the win rates, where to look."""
+    for sample in samples[:3]:
+        print(f"\n{sample['post']['title']}\n{sample['post']['post']}")
+        for name in ("reference", "sft", "ppo"):
+            print(f"  {name:>9}: {sample[name]}")
+    print(f"\nWin rates, judged by: {results['ppo_vs_sft']['judge']}")
+    for row in judge.win_rate_table(results):
+        print("{:29}{:10}{:15}{:7}{}".format(*row))
+    print(f"\nKL {results['kl_per_summary']:.2f} nats per summary; reward of greedy summaries "
+          f"{results['reward_sft']:.2f} -> {results['reward_ppo']:.2f}; "
+          f"{results['seconds']['total']:.0f} s; see {run.folder}")
 
 
-def command_to_resume(arguments, settings):
-    """The command that goes on with a run that was begun with these arguments."""
-    words, left_out = [], False
-    for word in arguments:
-        flag = word.split("=")[0] in ("--resume", "--restart")
-        left_out = flag or left_out and not word.startswith("-")  # the true of --restart true, too
-        words += [] if left_out else [word]
-    if settings and settings.output_dir not in (None, *words):
-        words += ["--output_dir", settings.output_dir]
-    here = Path(__file__).resolve().parent == Path.cwd()
-    script = Path(__file__).name if here else str(Path(__file__).resolve())
-    n = n_processes()
-    start = ["python"] if n == 1 else ["torchrun", "--nproc_per_node", str(n)]
-    return shlex.join([*start, script, *words, "--resume"])
+def peak_memory_bytes():
+    """Largest resident memory of this process (Linux counts in KiB, macOS in bytes)."""
+    if sys.platform == "win32":
+        return None
+    import resource  # Windows has none
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def main(arguments=()):
     """Run the command line `arguments`; from a notebook, main([]) is a default run."""
     logging.set_verbosity_error()  # of transformers: its advice is not about this run
     logging.disable_progress_bar()
-    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-        sys.stdout.reconfigure(errors="replace")  # a terminal without a heart prints ? for one
-    settings = made = None
+    started = time.perf_counter()
     try:
         settings = parse_settings(arguments)
-        if settings.summarize:
-            return summarize(settings)
-        if not settings.output_dir:
-            settings.output_dir = made = choose_folder(settings.preset, settings.resume)
-        return run_all(settings)
+        if not settings:  # real models and data: the same loop, grown up
+            from engine.main import main as engine_main
+            return engine_main(arguments)
+        run = Run(settings)
+        if run.has("report.md"):
+            return print(f"{run.folder} is finished, nothing to resume: see its report.md")
+        results, samples = run_all(run, settings)
+        results["seconds"] = {stage: end - begin for stage, (begin, end) in run.times.items()}
+        results["seconds"]["total"] = time.perf_counter() - started
+        results["peak_memory_bytes"] = peak_memory_bytes()
+        run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
+        run.write("results.json", results)
+        print_end(run, results, samples)
+        if (ROOT / "engine").exists():  # a hand-out may be made of the root files alone
+            from engine.report import report
+            report(run, results, samples)
+        return results
     except (SettingError, DataError) as error:
-        if made:  # a folder that we have chosen goes, unless it has something in it
-            with suppress(OSError):
-                Path(made).rmdir()
         sys.exit(f"rlhf_minimal: {error}")
-    except (OSError, SafetensorError) as error:  # a full or read-only disk, say
-        sys.exit(f"rlhf_minimal: {error}. What was saved before stays; when that is mended, go on "
-                 f"with: {command_to_resume(arguments, settings)}")
+    except (FloatingPointError, RuntimeError) as error:
+        if "finite" not in str(error):
+            raise
+        sys.exit(f"rlhf_minimal: after {run.lines[-1:]}: {error} Lower that stage's rate, and begin "
+                 "anew with --restart")
     except KeyboardInterrupt:
-        with suppress(OSError):  # at Ctrl-C `| tee` ends before us
-            print("rlhf_minimal: stopped. Go on from what is saved with: "
-                  f"{command_to_resume(arguments, settings)}", file=sys.stderr)
-        sys.exit(130)
+        words = [word for word in arguments if word not in ("--resume", "--restart")]
+        words += ["--output_dir", settings.output_dir, "--resume"]
+        sys.exit(f"rlhf_minimal: stopped. Go on with: {shlex.join(['python', sys.argv[0], *words])}")
 
 
 if __name__ == "__main__":

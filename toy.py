@@ -24,6 +24,7 @@ five, and nobody disagrees about what a good summary is: the labelers only slip.
 import math
 import random
 import re
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -31,7 +32,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from engine.settings import SettingError
+from tldr import DataError
+
+
+@dataclass
+class ToyConfig:
+    # the paper prints no size of its training part; 116,722 and 6,447 follow from Table 2
+    toy_posts: int = 12800  # posts with references; paper: 116,722 (Table 2)
+    toy_comparisons: int = 24000  # posts to compare on; paper: 64,832 (3.2)
+    toy_held_out: int = 500  # posts to judge on; paper: 6,447 (Table 2)
+    toy_length_bias: float = 0.0  # taste a word for its length; paper: App. F
+    toy_width: int = 64  # d_model; paper: 2048 (1.3B, Table 3)
+    toy_layers: int = 2  # paper: 24 (1.3B, Table 3)
+    toy_heads: int = 4  # paper: 16 (1.3B, Table 3)
+
 
 # Five values for each fact, so that a guess is right once in five times. One word each, so that
 # telling a fact is copying one word of the post, which even a tiny model can learn.
@@ -92,7 +106,7 @@ def draw_post(rng, seed):
 def make_posts(n, seed):
     """n different posts as {"subreddit", "title", "post", "summary"} with the reference as summary.
 
-    "facts" and "asides" are what only the labeler (and a test) may look at. SettingError for more
+    "facts" and "asides" are what only the labeler (and a test) may look at. DataError for more
     than half of the posts that there are: up to there, at least every second draw is a new one.
     """
     most = number_of_posts() // 2
@@ -104,14 +118,14 @@ def make_posts(n, seed):
         post = draw_post(rng, seed)
         posts.setdefault(post["post"], post)
     if len(posts) < n:
-        raise SettingError(f"the tiny world can't give {n} different posts, at most {most}: lower "
+        raise DataError(f"the tiny world can't give {n} different posts, at most {most}: lower "
                            "toy_posts, toy_comparisons or toy_held_out")
     return list(posts.values())
 
 
 def make_data(settings):
-    """What tldr.load_task reads, (posts, held out, comparisons, held out), but the comparisons are
-    still posts: the SFT model writes summaries of them first."""
+    """(posts, held out, to compare, to compare held out): lists of different posts. Of those to
+    compare, the SFT model writes summaries first."""
     n_compared = settings.toy_comparisons
     sizes = settings.toy_held_out, n_compared // 8, n_compared, settings.toy_posts
     rows = iter(make_posts(sum(sizes), settings.seed))
@@ -242,7 +256,7 @@ def fact_accuracy(posts, summaries):
 
 
 def compare(post, summary_a, summary_b, policies, rng, length_bias=0.0):
-    """A comparison in the format of tldr.load_comparisons. The labeler slips: the better summary is
+    """A comparison in the format of the real ones. The labeler slips: the better summary is
     chosen with probability sigmoid(difference of taste / NOISE) (Bradley-Terry, as in section 3.4).
 
     length_bias: what a word more is worth to this labeler beside the taste, as the paper's labelers
@@ -264,7 +278,7 @@ def compare(post, summary_a, summary_b, policies, rng, length_bias=0.0):
 def make_comparisons(posts, samples_a, samples_b, seed, length_bias=0.0):
     """Comparisons of several policies' summaries (section 3.1), one per post: two SFT samples where
     the post has two, one and the reference where it has one, else a confused pair. Identical
-    summaries are left out, as in tldr.py.
+    summaries are left out: there is nothing to choose.
 
     samples_a and samples_b hold summaries of the first posts, samples_b of fewer. Policies that PPO
     has trained are not among them, as they are in the paper: this is one round of its three steps.
@@ -296,9 +310,9 @@ def swapped_fact_pairs(posts, seed):
 
 
 def label_ceiling(comparisons):
-    """Accuracy that someone who knew the taste (and the bias) would have on these noisy labels: what
-    no reward model can pass. In the paper a researcher agrees with a labeler in 77 % of the cases
-    (3.3)."""
+    """Accuracy that someone who knew the taste (and the bias) would have on these noisy labels:
+    what no reward model can pass. In the paper a researcher agrees with a labeler in 77 % of the
+    cases (3.3)."""
     likelier = [1 / (1 + math.exp(-abs(row["log_odds"]))) for row in comparisons]
     return sum(likelier) / len(likelier)
 
@@ -349,7 +363,7 @@ def make_model(tokenizer, width=64, layers=2, heads=4):
 
 
 def make_start(posts, settings, device):
-    """What a run starts from: a tokenizer that is trained on the posts, and a model from scratch."""
+    """What a run starts from: a tokenizer trained on the posts, and a model from scratch."""
     texts = ["r/{subreddit} {title} {post} {summary}".format(**post) for post in posts[:5000]]
     frame = "SUBREDDIT: r/\n\nTITLE: \n\nPOST: \n\nTL;DR:"
     tokenizer = make_tokenizer([f" {text}\n{text}" for text in texts] + [frame] * 10)
