@@ -130,10 +130,9 @@ def whiten(x, mask):
     empty mask.
     """
     mean = masked_mean(x, mask)
-    mask = mask != 0
-    x = zero_off(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    return zero_off((x - mean) * torch.rsqrt(variance + 1e-8), mask)
+    deviations = zero_off(x, mask != 0) - mean
+    variance = masked_mean(deviations**2, mask)
+    return zero_off(deviations * torch.rsqrt(variance + 1e-8), mask != 0)
 
 
 # ---------------------------------------------------------------------------- the two losses
@@ -219,13 +218,13 @@ def rollout(policy, reference, reward_model, critic, queries, tokenizer, config,
     Raises FloatingPointError where a score, a KL or a return is not finite.
     """
     # 1. Summaries, token by token, y ~ pi_RL(. | x), until EOS ends the episode (3.4).
-    query_ids, query_mask = pad(queries, tokenizer.pad_token_id, left=True,
-                                device=policy.device)  # (B, Q) each
-    responses = sample(policy, query_ids, query_mask, config.response_length,
-                       eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                       temperature=config.temperature, generator=generator)  # (B, T)
-    mask = get_response_mask(responses, tokenizer.eos_token_id)  # (B, T)
-    ended = is_eos(responses, tokenizer.eos_token_id).any(1)  # (B,)
+    eos, pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    query_ids, query_mask = pad(queries, pad_id, left=True, device=policy.device)  # (B, Q) each
+    responses = sample(policy, query_ids, query_mask, config.response_length, eos_token_id=eos,
+                       pad_token_id=pad_id, temperature=config.temperature,
+                       generator=generator)  # (B, T)
+    mask = get_response_mask(responses, eos)  # (B, T)
+    ended = is_eos(responses, eos).any(1)  # (B,)
     input_ids = torch.cat([query_ids, responses], 1)  # (B, Q+T)
     attention_mask = torch.cat([query_mask, mask], 1)  # (B, Q+T)
 
@@ -259,10 +258,9 @@ def check_first_update(log_probs, part, tolerance=1e-3):
     for name, other in (("old", part.log_probs), ("reference", part.ref_log_probs)):
         gap = zero_off((log_probs - other).abs(), part.mask).max().item()
         if not gap <= tolerance:
-            raise RuntimeError(
-                f"before the first update the policy's log-probs differ from the {name} ones by "
-                f"{gap:.2g} nats: the ratio is not 1 or the KL not 0. Look for dropout, position "
-                "ids that count padding, a mask shifted by one, or half precision")
+            raise RuntimeError(f"before the first update the policy's log-probs differ from the "
+                               f"{name} ones by {gap:.2g} nats: look for dropout, positions that "
+                               "count padding, a mask shifted by one, or half precision")
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -271,8 +269,8 @@ STEP_METRICS = ("policy_loss", "policy_clip_fraction", "value_loss", "value_clip
                 "kl_to_old_policy")  # what train_ppo notes of each step
 
 
-def train_ppo(policy, reward_model, queries, tokenizer, config, seed, log, evaluate=None,
-              critic=None):
+def train_ppo(policy, reward_model, queries, tokenizer, config, seed, log,
+              evaluate=lambda update: None, critic=None):
     """Turn the SFT model, policy, into pi_RL, in place; returns the critic.
 
     queries: posts as lists of token ids. They need no summary: PPO learns from its own. log: called
@@ -306,8 +304,8 @@ def train_ppo(policy, reward_model, queries, tokenizer, config, seed, log, evalu
         # There is no entropy bonus, since the KL penalty does its work (3.4).
         steps = []
         for epoch in range(config.ppo_epochs):
-            permutation = torch.randperm(
-                len(posts), generator=generator_for(seed, "ppo epoch", update, epoch))
+            shuffle = generator_for(seed, "ppo epoch", update, epoch)
+            permutation = torch.randperm(len(posts), generator=shuffle)  # of the B rows
             for rows in permutation.chunk(config.ppo_minibatches):
                 part = Batch(*(x[rows] for x in batch))  # b rows of it
                 inputs = part.input_ids, part.attention_mask, part.mask.shape[1]
@@ -337,8 +335,7 @@ def train_ppo(policy, reward_model, queries, tokenizer, config, seed, log, evalu
                 steps.append(torch.stack([loss_p, clipped_p, loss_v, clipped_v, moved]).detach())
         means = torch.stack(steps).double().mean(0).tolist()  # over all steps of all passes
         log("ppo", update, lr=lr, **batch_metrics(batch), **dict(zip(STEP_METRICS, means)))
-        if evaluate:
-            evaluate(update + 1)
+        evaluate(update + 1)
     return critic
 
 
@@ -353,8 +350,7 @@ def batch_metrics(batch):
         # -log pi of what was sampled: on average the entropy, in nats per token
         "entropy": -batch.log_probs[batch.mask].mean().item(),
         # 1: the critic foresees each return; 0: it knows no more than their mean; below: less
-        "explained_variance": 1 - ((returns - values).var(correction=0)
-                                   / returns.var(correction=0).clamp(min=1e-8)).item()}
+        "explained_variance": 1 - ((returns - values).var() / returns.var()).item()}
 
 
 if __name__ == "__main__":
