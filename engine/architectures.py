@@ -6,8 +6,6 @@ import math
 import torch
 from transformers import DynamicCache
 
-from engine.adapters import Adapted
-from engine.batches import pack, unpack
 from engine.devices import full_precision, mixed_precision
 from engine.settings import SettingError
 
@@ -84,13 +82,6 @@ def cached(network, ids, mask, plain):
     return torch.cat(got, 1), plain[1:]
 
 
-def packed(network, ids, mask, plain):
-    """With both summaries in one row, beside each other."""
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    together = pack(ids, mask, positions, T, 2, network.dtype)
-    return unpack(read(network, 1 + 2 * T, **together), T, 2), plain
-
-
 @torch.no_grad()
 def holds(trial, network, length):
     """Does a trial come out as it should, up to rounding? An exception is a no."""
@@ -111,27 +102,11 @@ TRIALS = ((padded, "padding on the left changes what it reads"),
 
 
 def check_model(name, model, length):
-    """SettingError unless the model does what every stage relies on; a line where it needs the
-    plain form (pack in engine/batches.py). length: tokens of a post with its summary."""
+    """SettingError unless the model does what every stage relies on. length: tokens of a post with
+    its summary."""
     length = max(T + 1, min(length, most_positions(model.config)))
     for trial, fault in TRIALS:
         if not holds(trial, model, length):
             raise SettingError(f"{name}: {model.config.model_type} can't be trained here, {fault}; "
                                "pass another model")
-    if shares_post(model, 2, length) == 1:
-        print(f"{name}: {model.config.model_type} can't read two summaries of a post beside each "
-              "other in one row, so that each gets a row of its own: slower, the same numbers")
 
-
-def shares_post(model, k, length):
-    """k, where the model can read k summaries of a post in one row; 1, where it can't. It depends
-    on what rows are as long as: a window of attention that nothing leaves does no harm."""
-    if k == 1:
-        return k
-    network = model.network if isinstance(model, Adapted) else model
-    tried, works = getattr(network, "packs", (0, True))
-    if works and length > tried:
-        tried = max(T + 1, min(2 * length, most_positions(network.config)))
-        works = holds(packed, network, tried)
-        network.packs = max(tried, length), works
-    return k if works else 1

@@ -5,28 +5,15 @@ memory. Nothing of this may show in a result: means are over all tokens of the b
 means, so that a short summary counts neither more nor less for where it was cut.
 """
 
-import hashlib
 import math
 from contextlib import contextmanager
 
 import torch
 
-from engine.devices import full_precision, wide
+from engine.devices import full_precision
 from engine.processes import agreed, gather, n_processes, rank, sum_over_processes
 from engine.settings import SettingError
-
-
-def check_finite(name, tensor):
-    """Raise FloatingPointError that names the tensor if it holds a NaN or an infinity."""
-    if not tensor.isfinite().all():
-        raise FloatingPointError(f"{name} is NaN or infinite")
-
-
-def generator_for(seed, *names, device="cpu"):
-    """A random stream of its own for each use, e.g. (seed, "ppo", update). No stream depends on how
-    much another one was used, so a stage that is resumed draws what it would have drawn."""
-    digest = hashlib.sha256(repr((seed, *names)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "little"))
+from lm import check_finite, generator_for
 
 
 # ---------------------------------------------------------------------------- rows of a step
@@ -66,9 +53,10 @@ def posts_per_update(config):
     if n_posts % n_processes():
         raise SettingError(f"--ppo_batch_size {config.ppo_batch_size}: {n_posts} posts an update "
                            f"can't be shared evenly among {n_processes()} processes")
-    if n_posts // n_processes() < config.ppo_minibatches:
-        raise SettingError(f"--ppo_minibatches {config.ppo_minibatches}: expected at most the "
-                           f"{n_posts // n_processes()} posts that a process has in an update")
+    rows = n_posts * config.return_sequences // n_processes()
+    if rows < config.ppo_minibatches:
+        raise SettingError(f"--ppo_minibatches {config.ppo_minibatches}: expected at most the {rows} "
+                           "summaries that a process has in an update")
     return n_posts
 
 
@@ -84,34 +72,15 @@ def own_stream(seed, stage, step, device):
     return generator_for(seed, stage, step * n_processes() + rank(), device=device)
 
 
-def cut_by_length(lengths, config):
-    """Posts of an update, as numbers, in the microbatches that all its passes will see.
-
-    lengths: of each post with its summaries. Each minibatch gets the same number of microbatches
-    (as far as there are enough posts), and these are as equal as they can be. Where a minibatch has
-    several, posts of similar length go together, so that little of a microbatch is padding.
-    """
-    n_posts, n_minibatches = len(lengths), config.ppo_minibatches
-    rows = config.micro_batch_size or config.ppo_batch_size  # in memory at a time, at most
-    most = max(1, rows // config.return_sequences)
-    pieces = math.ceil(n_posts / (n_minibatches * most))  # of a minibatch
-    order = list(range(n_posts))
+def cut_by_length(lengths, most):
+    """Posts of an update, as numbers, in pieces of at most `most`, as equal as they can be. lengths:
+    of each post with its summaries. Where there are several pieces, posts of similar length go
+    together, so that little of a piece is padding."""
+    pieces = math.ceil(len(lengths) / most)
+    order = list(range(len(lengths)))
     if pieces > 1:
         order.sort(key=lengths.__getitem__)
-    parts = torch.tensor(order).tensor_split(min(n_posts, n_minibatches * pieces))
-    return [part.tolist() for part in parts]
-
-
-def minibatches(batch, n_minibatches, generator):
-    """Microbatches (with a mask each) in minibatches: lists of (microbatch, its share), anew for
-    each pass. The share is of the minibatch's tokens over all processes: sums of means times their
-    shares, and of the gradients of those, are the means over the minibatch in one piece."""
-    order = torch.randperm(len(batch), generator=generator).tolist()
-    for i in range(n_minibatches):
-        parts = [batch[j] for j in order[i::n_minibatches]]
-        counts = [wide(part.mask.sum()) for part in parts]
-        total = sum_over_processes(torch.stack(counts).sum())
-        yield [(part, count / total) for part, count in zip(parts, counts)]
+    return [part.tolist() for part in torch.tensor(order).tensor_split(pieces)]
 
 
 def over_all(function, vectors):
@@ -124,9 +93,14 @@ def over_all(function, vectors):
     return result[start : start + len(own)].split([len(vector) for vector in vectors])
 
 
+def all_of(vectors):
+    """The entries of all vectors here and of all processes, as one vector, in float32."""
+    return torch.cat(gather(torch.cat(vectors).float()))
+
+
 def mean_of_all(vectors):
-    """Mean over the entries of all vectors here and of all processes, as a number."""
-    return torch.cat(gather(torch.cat(vectors).float())).mean().item()
+    """Their mean, as a number."""
+    return all_of(vectors).mean().item()
 
 
 # ---------------------------------------------------------------------------- one step
@@ -178,43 +152,3 @@ def one_step(optimizer, lr, max_grad_norm=math.inf, name="loss"):
     check_finite(f"gradient of the {name}", norm)
     optimizer.step()
     step.loss = step.total.item()
-
-
-# ---------------------------------------------------------------------------- k summaries of a post
-#
-#          post  y1  y2     k summaries of one post as one row, the post computed once instead of k
-#   post   ◣                times. A summary sees the post and itself, and its positions go on from
-#   y1     ■     ◣          the post's end as if the others were not there: each number is that of
-#   y2     ■         ◣      the plain form.
-
-
-def pack(input_ids, attention_mask, position_ids, width, k, dtype=torch.float32):
-    """Rows [post | y] (B, Q+T), the k of a post one after the other -> what a model takes for the
-    rows [post | y_1 | ... | y_k] (B/k, Q+kT). k = 1: the plain form. width: T."""
-    if k == 1:
-        return {"input_ids": input_ids, "attention_mask": attention_mask,
-                "position_ids": position_ids}
-    real = side_by_side(attention_mask, width, k).bool()
-    n_post = input_ids.shape[1] - width
-    owner = torch.arange(real.shape[1], device=real.device) - n_post  # below 0: the post
-    owner = torch.where(owner < 0, -1, owner.div(width, rounding_mode="floor"))
-    sees = ((owner == -1) | (owner == owner[:, None])).tril() & real[:, None]
-    sees |= torch.eye(len(owner), dtype=torch.bool, device=real.device)  # a softmax over nothing
-    bias = torch.zeros(sees.shape, dtype=dtype, device=real.device)
-    return {"input_ids": side_by_side(input_ids, width, k),
-            "attention_mask": bias.masked_fill(~sees, torch.finfo(dtype).min)[:, None],
-            "position_ids": side_by_side(position_ids, width, k)}
-
-
-def side_by_side(x, width, k):
-    """(B, Q+T) -> (B/k, Q+kT): the post of every k-th row, then the responses of k rows."""
-    return torch.cat([x[::k, :-width], x[:, -width:].reshape(len(x) // k, k * width)], 1)
-
-
-def unpack(x, width, k):
-    """Last 1 + kT places of packed rows (B/k, 1 + kT, ...) -> (B, 1 + T, ...): the post's last
-    place, which all k share, and the summary's own."""
-    if k == 1:
-        return x
-    post, own = x[:, None, :1], x[:, 1:].unflatten(1, (k, width))  # own (B/k, k, T, ...)
-    return torch.cat([post.expand(-1, k, *post.shape[2:]), own], 2).flatten(0, 1)

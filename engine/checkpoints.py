@@ -1,5 +1,6 @@
 """What a checkpoint holds, by name, and whether what a run left is whole."""
 
+from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -9,45 +10,42 @@ from engine.adapters import trainable_named
 from engine.settings import SettingError
 
 
-def flatten(parts, copy=False, into={}):
+def flatten(parts):
     """Modules and optimizers by name -> {"policy/head.bias": tensor, "optimizer/0/exp_avg": tensor,
-    ...} on the CPU: trainable parameters and Adam's averages. into: an older copy to overwrite."""
+    ...} on the CPU: trainable parameters and Adam's averages."""
     tensors = {}
     for name, part in parts.items():
         if isinstance(part, torch.nn.Module):
-            rows = [(key, p.detach()) for key, p in trainable_named(part)]
+            tensors |= {f"{name}/{key}": p.detach().cpu() for key, p in trainable_named(part)}
         else:
-            rows = [(f"{i}/{key}", average) for i, averages in part.state_dict()["state"].items()
-                    for key, average in averages.items()]
-        for key, tensor in rows:
-            key = f"{name}/{key}"
-            tensors[key] = into[key].copy_(tensor) if key in into else tensor.to("cpu", copy=copy)
+            tensors |= {f"{name}/{i}/{key}": average.cpu()
+                        for i, averages in part.state_dict()["state"].items()
+                        for key, average in averages.items()}
     return tensors
 
 
 def put_back(parts, tensors):
     """The reverse of flatten, in place. Names and shapes are compared first: a library of another
     version may have others, and half of a checkpoint is none."""
-    expected, averages = {}, {name: {} for name in parts}
-    for name, part in parts.items():
-        if isinstance(part, torch.nn.Module):
-            expected |= {f"{name}/{key}": p.shape for key, p in trainable_named(part)}
-            continue
-        for i, p in enumerate(p for group in part.param_groups for p in group["params"]):
-            if f"{name}/{i}/step" in tensors:  # Adam has no averages before its first step
-                shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-                expected |= {f"{name}/{i}/{key}": shape for key, shape in shapes.items()}
-                averages[name][i] = {key: tensors.get(f"{name}/{i}/{key}") for key in shapes}
-    wrong = {key: tensor.shape for key, tensor in tensors.items()}.items() ^ expected.items()
+    expected = {f"{name}/{key}": p for name, part in parts.items()
+                if isinstance(part, torch.nn.Module) for key, p in trainable_named(part)}
+    averages = {key: tensor for key, tensor in tensors.items() if key not in expected}
+    wrong = [key for key, p in expected.items()
+             if key not in tensors or tensors[key].shape != p.shape]
+    wrong += [key for key in averages if isinstance(parts.get(key.split("/")[0]), torch.nn.Module)]
     if wrong:
-        raise SettingError("a checkpoint has other weights than this program "
-                           f"({min(wrong)[0]}): begin anew with --restart")
+        raise SettingError(f"a checkpoint has other weights than this program ({min(wrong)}): begin "
+                           "anew with --restart")
+    for key, p in expected.items():
+        p.data.copy_(tensors[key])
     for name, part in parts.items():
-        if isinstance(part, torch.nn.Module):
-            for key, p in trainable_named(part):
-                p.data.copy_(tensors[f"{name}/{key}"])
-        else:
-            part.load_state_dict({**part.state_dict(), "state": averages[name]})
+        if not isinstance(part, torch.nn.Module):
+            state = defaultdict(dict)
+            for key, tensor in averages.items():
+                owner, i, average = key.split("/")
+                if owner == name:
+                    state[int(i)][average] = tensor
+            part.load_state_dict({**part.state_dict(), "state": state})
 
 
 def is_finished(folder):

@@ -6,155 +6,34 @@ depends on seed and weights alone; and each training loop takes its steps from `
 first puts weights, optimisers and metrics back as the last checkpoint has them.
 """
 
-import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from engine.checkpoints import flatten, put_back
+from engine.origin import LOCK, PARTIAL, check_folder, digest
 from engine.processes import agreed, exchange, n_processes, rank
-from engine.settings import JUDGES, SettingError
+from engine.settings import SettingError
 
 
-RARELY = 20  # where saving or copying the state takes over a second, one second in so many
-# names that nobody else's files have
-PARTIAL, LOCK = ".rlhf_minimal_partial", ".rlhf_minimal_lock"
+RARELY = 20  # where saving takes over a second, one second in so many
 # what --restart removes. What makes a run count as finished goes first; config.json, which says
 # that the rest is ours, is written over at the end: cut short, --restart can begin again
 OURS = ("results.json", "report.md", "metrics.jsonl", "samples.jsonl", "curves.png", "sft",
         "reward_model", "policy", "critic", "checkpoints", PARTIAL)
-# ours at the top level: where pip has put them, the modules of other packages lie beside them
-MODULES = ("rlhf_minimal", "sft", "reward", "ppo", "judge", "lm", "tldr", "toy")
-# settings that name files, or repositories of the hub
-SOURCES = ("comparisons", "posts", "base_model", "sft_model", "reward_model", "tokenizer", "judge")
 HANGUP = getattr(signal, "SIGHUP", None)  # a terminal that was closed; Windows has none
-MAY_DIFFER = {"resume", "restart", "output_dir", "save_seconds", "files", "from_hub", "environment"}
-
-
-def digest(path):
-    """SHA-256 of the content of a file, or of all files in a folder, shortened."""
-    sha = hashlib.sha256()
-    for file in (path, *sorted(path.rglob("*"))):
-        if file.is_file():
-            with file.open("rb") as stream:
-                sha.update(hashlib.file_digest(stream, "sha256").digest())
-    return sha.hexdigest()[:16]
-
-
-def named_sources(settings, local):
-    """The files and folders that settings name, or what they name on the hub instead."""
-    names = [settings.get(key) for key in SOURCES]
-    return [name for name in names if name and name not in JUDGES and Path(name).exists() == local]
-
-
-def describe(settings):
-    """What config.json holds: settings, versions, and a digest of each file a result depends on."""
-    root = Path(__file__).resolve().parent.parent
-    cloned = (root / "pyproject.toml").exists()
-    top = root.glob("*.py") if cloned else [root / f"{name}.py" for name in MODULES]
-    sources = sorted([*top, *root.glob("engine/*.py")])
-    files = {path.relative_to(root).as_posix(): digest(path) for path in sources}
-    files |= {name: digest(Path(name)) for name in named_sources(settings, local=True)}
-    commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=root, capture_output=True)
-    environment = {"git_commit": commit.stdout.decode().strip() or None,
-                   "python": platform.python_version(), "threads": torch.get_num_threads(),
-                   "torch": version("torch"), "transformers": version("transformers")}
-    return {**settings, "processes": n_processes(), "files": files, "environment": environment}
-
-
-def describe_hub(config, data):
-    """The same for what was loaded from the hub, where a repository may change any day: the commit
-    of a model as the cache has it, and a digest of the rows (posts, held out, comparisons, held
-    out), which `datasets` may have from its own cache."""
-    rows, found = {config["posts"]: data[:2], config["comparisons"]: data[2:]}, {}
-    for name in named_sources(config, local=False):
-        commit = Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "refs", "main")
-        if name in rows:
-            found[name] = hashlib.sha256(json.dumps(rows[name]).encode()).hexdigest()[:16]
-        elif commit.is_file():
-            found[name] = commit.read_text()
-    return found
-
-
-def read_config(folder):
-    """The config.json of the run in a folder; {} where there is none."""
-    try:
-        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-        parts = config["files"], config["environment"]  # a model's folder has a config.json too
-        return config if all(isinstance(part, dict) for part in parts) else {}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {}
-
-
-def recorded(folder, name):
-    """A setting of the run in a folder, None where there is none."""
-    return read_config(folder).get(name)
-
-
-def by_name(config):
-    """Settings, and beside them the digests of files and of what came from the hub."""
-    return {**config, **config["files"], **config.get("from_hub", {})}
-
-
-def check_folder(folder, config, restart=False, resume=False):
-    """Raise SettingError for a folder that may not be written to, or a run to resume that was begun
-    with other settings or files. Changes nothing; returns what is to be said about versions."""
-    name, folder = f"--output_dir {folder}", Path(folder)
-    try:
-        found = {*os.listdir(folder)} - {LOCK, PARTIAL} if folder.exists() else {}
-    except OSError:  # it may be written to, and still hold files of others
-        raise SettingError(f"{name}: expected a folder, found a file or a folder that may not be "
-                           "listed; choose another one") from None
-    if not found:
-        return []
-    began_with = read_config(folder)
-    if not began_with:
-        raise SettingError(f"{name} holds other files ({min(found)}, ...): nothing is ever deleted "
-                           "there, choose a new folder")
-    if restart:
-        return []
-    if not resume:
-        raise SettingError(f"{name} already holds a run: choose a new folder, go on with --resume, "
-                           "or throw that run away with --restart")
-    old, versions = by_name(began_with), began_with["environment"]
-    for key, value in by_name(config).items():
-        if key not in MAY_DIFFER and old.get(key) != value:
-            raise SettingError(f"{name}: can't be resumed, {key} was {old.get(key)} and is now "
-                               f"{value}; put it back, or begin anew with --restart")
-    return [f"note: this run began with {key} {versions.get(key)}, here it is {value}: the result "
-            "may differ in the last digits" for key, value in config["environment"].items()
-            if versions.get(key) != value and key != "git_commit"]
-
-
-def choose_folder(preset, resume):
-    """runs/<preset>-<n> with the first n that is free, or to resume the last one that is not. A
-    free one is made at once: of two runs that begin together, each has its own."""
-    n = 1
-    while Path(f"runs/{preset}-{n}").exists():
-        n += 1
-    if resume:
-        return f"runs/{preset}-{max(1, n - 1)}"
-    with suppress(FileExistsError):  # another run was faster
-        if "RANK" not in os.environ:  # processes of one run all choose the same
-            Path(f"runs/{preset}-{n}").mkdir(parents=True)
-        return f"runs/{preset}-{n}"
-    return choose_folder(preset, resume)
 
 
 def finite(value):
@@ -162,11 +41,6 @@ def finite(value):
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def rest_after(seconds):
-    """Seconds until we save or copy again, after it took so many."""
-    return RARELY * seconds if seconds > 1 else 0
 
 
 def say(text):
@@ -185,9 +59,7 @@ class Run:
         self.folder, self.seed, self.save_seconds = Path(folder), config["seed"], save_seconds
         self.device, self.dtype = device, dtype
         self.lines, self.warnings, self.seconds = [], {}, {}
-        self.stage, self.step, self.stopping = "start", 0, False
-        # what to go back to: step, number of metrics, tensors (None: the parts as they are)
-        self.before, self.parts = None, {}
+        self.stage, self.step, self.stepping, self.stopping = "start", 0, False, False
         self.started = time.perf_counter()
         self.lock = FileLock(self.folder / LOCK)  # the system frees it, whatever kills us
         if rank():
@@ -249,28 +121,17 @@ class Run:
                 for part in parts:
                     part.save_pretrained(path)
 
-    def steps(self, stage, total, snapshot=False, **parts):
+    def steps(self, stage, total, **parts):
         """Yield the steps of a stage under a progress bar, from where its last checkpoint stands.
-
-        parts: the modules and optimizers that the stage changes. snapshot: a step changes them more
-        than once, so a copy from before it is kept in case it goes wrong half-way; where copying
-        takes long, the last copy has to do for a while.
-        """
+        parts: the modules and optimizers that the stage changes."""
         with agreed():  # nobody saves before everybody has restored
             first = self.restore(stage, parts)
         start = time.perf_counter() - self.seconds.get(stage, 0)
-        next_save, next_copy, copy = time.perf_counter() + self.save_seconds, 0, {}
+        next_save = time.perf_counter() + self.save_seconds
         with tqdm(range(first, total), desc=stage, initial=first, total=total, mininterval=0.5,
                   disable=rank() > 0 or None, leave=False) as self.bar:
             for step in self.bar:
-                self.stage, self.step, self.parts = stage, step, parts
-                begun = time.perf_counter()
-                if not snapshot:
-                    self.before = step, len(self.lines), None
-                elif begun >= next_copy:
-                    copy = flatten(parts, copy=True, into=copy)
-                    self.before = step, len(self.lines), copy
-                    next_copy = begun + rest_after(time.perf_counter() - begun)
+                self.stage, self.step, self.stepping = stage, step, True
                 yield step
                 self.seconds[stage] = time.perf_counter() - start
                 done = step + 1 == total
@@ -284,11 +145,12 @@ class Run:
                         self.save(stage, step + 1, flatten(
                             {name: part for name, part in parts.items()
                              if not done or isinstance(part, torch.nn.Module)}))
-                    saved = time.perf_counter()
-                    next_save = saved + max(self.save_seconds, rest_after(saved - begun))
+                    now = time.perf_counter()
+                    rest = RARELY * (now - begun) if now - begun > 1 else 0
+                    next_save = now + max(self.save_seconds, rest)
                 if self.stopping:
                     raise KeyboardInterrupt
-        self.before = None
+        self.stepping = False
 
     def total_seconds(self):
         """Seconds by stage, and of all processes that worked on this run, without lost work."""
@@ -327,11 +189,11 @@ class Run:
     @contextmanager
     def guarded(self):
         """Ctrl-C, SIGTERM and a closed terminal save after the step they fall into, a second one
-        stops at once; where something becomes NaN or infinite, the state before it is saved."""
+        stops at once; where something becomes NaN or infinite, what was saved before stays."""
         def stop(number, _):
             # between the stages there is nothing to save; torchrun sends each signal once more
             again = self.stopping and n_processes() == 1 and number != HANGUP
-            if again or not self.before:
+            if again or not self.stepping:
                 raise KeyboardInterrupt
             self.stopping = True
             say("finishing this step, then saving; once more to stop at once")
@@ -345,16 +207,9 @@ class Run:
         try:
             yield
         except FloatingPointError as error:
-            kept = "what was saved before stays"
-            if self.before:
-                step, n_lines, tensors = self.before
-                kept = f"the state before step {step} is saved"
-                self.lines = self.lines[:n_lines]
-                with agreed():  # torchrun ends all when one has ended
-                    self.save(self.stage, step, tensors or flatten(self.parts))
-            raise SettingError(
-                f"{self.stage} step {self.step}: {error}; {kept} in {self.folder / 'checkpoints'}. "
-                f"Lower {self.stage}_lr and begin anew") from None
+            raise SettingError(f"{self.stage} step {self.step}: {error}; what was saved before stays "
+                               f"in {self.folder / 'checkpoints'}. Lower {self.stage}_lr and begin "
+                               "anew") from None
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from engine.adapters import add_adapter, checkpoint_activations, trainable, trunk_of
-from engine.batches import pack, unpack
 from engine.devices import full_precision, mixed_precision, prepare
+from engine.packing import pack, unpack
 from engine.settings import SettingError
 
 aten = torch.ops.aten

@@ -14,6 +14,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from engine.architectures import check_model, most_positions
 from engine.devices import LARGE, largest_logit, prepare
+from engine.packing import shares_post
 from engine.settings import SettingError
 
 
@@ -164,6 +165,9 @@ def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None,
     tokenizer.end_ids = sorted({tokenizer.eos_token_id, *(i for i in ends if i < rows)})
     model = prepare(model).to(device).eval()
     check_model(name, model, length)
+    if shares_post(model, 2, min(length, most_positions(config))) == 1:
+        print(f"{name}: {config.model_type} can't read two summaries of a post beside each other in "
+              "one row, so that each gets a row of its own: slower, the same numbers")
     return tokenizer, model
 
 

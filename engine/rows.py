@@ -21,38 +21,7 @@ from pathlib import Path
 
 from engine.models import from_hub
 from engine.settings import SettingError
-
-
-class DataError(ValueError):
-    """One line: the file, the row, the field, what was expected, what to do."""
-
-
-# ---------------------------------------------------------------------------- one field
-
-
-def expect(condition, field, expected, value):
-    """Raise DataError(reason, what was there) unless condition; check_rows adds file and row."""
-    if not condition:
-        # repr keeps whatever a row holds on one line; None stands for null and for missing.
-        raise DataError(f"{field}: expected {expected}", repr(value)[:40])
-
-
-def get_text(row, field, inside="", optional=False):
-    """row[field] without outer white space; null or missing is "" where optional."""
-    value = "" if optional and row.get(field) is None else row.get(field)
-    # Half of a surrogate pair (JSON "\ud83d") is no character: tokenizers stop at it.
-    expect(isinstance(value, str) and not re.search("[\ud800-\udfff]", value),
-           inside + field, "text", value)
-    return value.strip()
-
-
-def rows_of(value):
-    """A list of objects as it is, and columns {"text": [a, b], ...} as [{"text": a}, {"text": b}]:
-    `datasets` returns either. A column that is no list (null, say) is as good as missing."""
-    if not isinstance(value, dict):
-        return value
-    columns = {name: cells for name, cells in value.items() if isinstance(cells, list)}
-    return [dict(zip(columns, cells)) for cells in zip_longest(*columns.values())]
+from tldr import DataError, check_comparison, check_reference, expect, get_text, rows_of
 
 
 # ---------------------------------------------------------------------------- other forms of a row
@@ -322,3 +291,24 @@ def checked_rows(source, split, limit, check, kind):
     checked = check_rows(source, check, kind)
     lists = [choose_rows(source, checked, name, limit) for name in splits]
     return lists if isinstance(split, tuple) else lists[0]
+
+
+def load_posts(source, split="train", limit=None):
+    """Section 3.2: a list of {"subreddit", "title", "post", "summary"}, the author's own TL;DR.
+
+    source is a hub id, a .jsonl, .json, .csv or .parquet file, or a folder of parquet files. split
+    is "train", "validation" or "all", or a tuple of these for a list of each; a row that names no
+    split is a "train" row. The list is empty when all usable rows are in the other of the two.
+    Rows of prompt and completion, or prompt and label, are read as well (engine/rows.our_form).
+    Prints how many rows are used; raises DataError, in one line, if one is wrong or none usable.
+    """
+    return checked_rows(source, split, limit, check_reference, "sft")
+
+
+def load_comparisons(source, split="train", limit=None):
+    """Section 3.3: a list of {"post", "chosen", "rejected", "policies"}, the chosen policy first.
+
+    The schema is that of openai/summarize_from_feedback, or prompt, chosen and rejected, as texts
+    or chat messages (engine/rows.our_form); source and split as in load_posts.
+    """
+    return checked_rows(source, split, limit, check_comparison, "prefs")

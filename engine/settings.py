@@ -129,7 +129,7 @@ def check_ranges(settings):
 
 
 def refuse(message):
-    raise SettingError(f"{message}; `python rlhf_minimal.py --help` lists the settings")
+    raise SettingError(f"{message}; `python -m engine --help` lists the settings")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -150,7 +150,7 @@ def parse(arguments, configs):
     """
     parser = HfArgumentParser([RunConfig, ToyConfig, ModelConfig, *configs], formatter_class=Help,
                               allow_abbrev=False,
-                              usage="python rlhf_minimal.py [--setting value ...]")
+                              usage="python -m engine [--setting value ...]")
     parser.error = refuse
     settings, _ = parser.parse_known_args(arguments)
     if settings.preset not in PRESETS:

@@ -3,6 +3,8 @@
 import re
 from functools import lru_cache
 
+from tldr import DataError, build_prompt, truncate_post
+
 
 @lru_cache(maxsize=8)
 def typed_words(tokenizer):
@@ -57,3 +59,79 @@ def end_ids(tokenizer):
     """The ids that end a text: EOS, and what else the model's generation config names (a chat model
     ends with "<|im_end|>" as well). load_language_model puts them together."""
     return getattr(tokenizer, "end_ids", None) or [tokenizer.eos_token_id]
+
+
+def encode_responses(summaries, tokenizer, limit):
+    """Summaries -> token ids with a leading space and EOS at the end, as in the 2020 code. One that
+    is longer than `limit` is cut there and has no EOS, as if it had never ended."""
+    rows = ids_after(tokenizer, "TL;DR:", [" " + text for text in summaries])  # as in a prompt (B.2)
+    return [(ids + [tokenizer.eos_token_id])[:limit] for ids in rows]
+
+
+def decode_response(ids, tokenizer):
+    """Token ids up to the first EOS -> text without outer white space.
+
+    A text no longer says whether it ended. So a summary that was cut at max_new_tokens is judged,
+    and scored outside PPO, as if it had: people, too, were shown a text.
+    """
+    ends = [i for i, token in enumerate(ids) if token in end_ids(tokenizer)]
+    kept = ids[: ends[0]] if ends else ids
+    return tokenizer.decode(kept, clean_up_tokenization_spaces=False).strip()
+
+
+def encode_prompt(post, tokenizer, query_length, gap="\n\n"):
+    """Token ids of the prompt, at most query_length: only the post is cut, never title or cue.
+
+    Not padded: padding on the left up to the width of a batch is lm.py's. Raises DataError if the
+    prompt is too long without any post.
+    """
+    front = front_ids(tokenizer)
+
+    def encode(text):
+        # What the tokenizer puts in front of every text (Llama's BOS; nothing for GPT-2) counts
+        (ids,) = text_ids(tokenizer, [build_prompt({**post, "post": text}, gap)])
+        return front + ids
+
+    text = truncate_post(post["post"], lambda text: len(encode(text)) <= query_length)
+    if text is None:
+        raise DataError(f"query_length {query_length} is too small: title and cue of the post "
+                        f"{post.get('title', '')[:30]!r} alone take {len(encode(''))} tokens; "
+                        "raise query_length, or shorten that title")
+    return encode(text)
+
+
+def encode_prompts(posts, tokenizer, query_length, newlines=2):
+    """encode_prompt for many posts: all at once, which is faster, then those that must be cut."""
+    gap = "\n" * newlines
+    # A token of English has about four characters. A post far longer than query_length tokens is
+    # not read to its end here only to be cut: encode_prompt looks at no more of it than it needs.
+    most = 32 * query_length
+    rows = text_ids(tokenizer, [build_prompt({**post, "post": post["post"][:most]}, gap)
+                                for post in posts])
+    front = front_ids(tokenizer)
+    return [front + ids
+            if len(post["post"]) <= most and len(front) + len(ids) <= query_length
+            else encode_prompt(post, tokenizer, query_length, gap)
+            for post, ids in zip(posts, rows)]
+
+
+def encode(posts, summaries, tokenizer, settings):
+    """Posts and summaries as token ids: queries and responses."""
+    return (encode_prompts(posts, tokenizer, settings.query_length, settings.prompt_newlines),
+            encode_responses(summaries, tokenizer, settings.summary_length))
+
+
+def encode_pairs(comparisons, tokenizer, settings):
+    """Comparisons -> [(query, chosen, rejected)] as token ids; pairs that are equal once cut to
+    summary_length are left out and counted. Returns the rows that were kept, too."""
+    queries, chosen = encode([row["post"] for row in comparisons],
+                             [row["chosen"] for row in comparisons], tokenizer, settings)
+    _, rejected = encode([], [row["rejected"] for row in comparisons], tokenizer, settings)
+    kept = [i for i in range(len(comparisons)) if chosen[i] != rejected[i]]
+    if len(kept) < len(comparisons):
+        print(f"comparisons: left out {len(comparisons) - len(kept)} of {len(comparisons)}, whose "
+              f"summaries are identical in their first {settings.summary_length} tokens")
+    if not kept:
+        raise DataError(f"{settings.comparisons or 'tiny world'}: no comparison left to train or "
+                        "measure on; add some, or raise summary_length")
+    return [(queries[i], chosen[i], rejected[i]) for i in kept], [comparisons[i] for i in kept]
