@@ -12,7 +12,7 @@ import pytest
 
 import start
 import test_exercises
-from hunts import ROOT, read
+from hunts import HERE, ROOT, read
 from open_answers import WRONG_OPEN
 from start import EXERCISES, NUMBERS
 from test_classroom import lines_of
@@ -103,7 +103,7 @@ def test_no_two_mistakes_look_alike(monkeypatch):
 def told_of_open(source, folder, monkeypatch):
     """The messages of the open tasks' tests to the functions in source."""
     (folder / "open_tasks.py").write_text(source, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(ROOT / "exercises" / "made"))
+    monkeypatch.syspath_prepend(str(HERE / "made"))
     monkeypatch.syspath_prepend(str(folder))
     for name in ("open_tasks", "test_open_tasks"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -118,13 +118,13 @@ def told_of_open(source, folder, monkeypatch):
 
 
 def test_the_open_tasks_have_answers(tmp_path, monkeypatch):
-    source = (ROOT / "tests" / "open_answers.py").read_text(encoding="utf-8")
+    source = (HERE / "tests" / "open_answers.py").read_text(encoding="utf-8")
     assert told_of_open(source, tmp_path, monkeypatch) == []
 
 
 @pytest.mark.parametrize("what, old, new, said", WRONG_OPEN, ids=[x[0] for x in WRONG_OPEN])
 def test_the_open_tasks_refuse(what, old, new, said, tmp_path, monkeypatch):
-    source = (ROOT / "tests" / "open_answers.py").read_text(encoding="utf-8").split("\n# (what")[0]
+    source = (HERE / "tests" / "open_answers.py").read_text(encoding="utf-8").split("\n# (what")[0]
     assert source.count(old) == 1
     messages = told_of_open(source.replace(old, new), tmp_path, monkeypatch)
     assert messages, f"{what} passes"
@@ -134,7 +134,7 @@ def test_the_open_tasks_refuse(what, old, new, said, tmp_path, monkeypatch):
 
 
 def test_blank_open_tasks_are_said_to_be_blank(tmp_path, monkeypatch):
-    source = (ROOT / "exercises" / "made" / "open_tasks.py").read_text(encoding="utf-8")
+    source = (HERE / "made" / "open_tasks.py").read_text(encoding="utf-8")
     messages = told_of_open(source, tmp_path, monkeypatch)
     assert len(messages) >= 5 and all("(still blank)" in message for message in messages)
 

@@ -2,7 +2,7 @@
 
 A wrong answer is our function with one thing changed, or with another body. said: what the message
 that names it has to say ("" where the numbers alone are shown). Each must fail, and none may be
-told something else. tests/test_classroom.py runs them all.
+told something else. test_answers.py runs them all.
 """
 
 from collections import namedtuple
@@ -25,13 +25,13 @@ MASK = "return ends.cumsum(1) - ends == 0  # no EOS strictly before t"
 PREFERENCE = "return -F.logsigmoid(chosen - rejected).mean()"
 LAST = "return (positions * (attention_mask != 0)).argmax(1)"
 SHIFT = "reward_model.reference_mean += scores.mean().to(reward_model.reference_mean)"
-KL = "rewards = -kl_beta * zero_off(mask, log_probs - ref_log_probs)"
+KL = "rewards = -kl_beta * zero_off(log_probs - ref_log_probs, mask)"
 PAY = "return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))"
 DELTA = "delta = rewards[:, t] + gamma * next_value - values[:, t]"
 NEXT = "delta + gamma * lam * next_advantage"
-ZEROED = "    rewards, values = zero_off(mask, rewards), zero_off(mask, values)\n"
-GAE = "return advantages, zero_off(mask, advantages + values)"
-WHITE = "return zero_off(mask, (x - mean) * torch.rsqrt(variance + 1e-8))"
+ZEROED = "    rewards, values = zero_off(rewards, mask), zero_off(values, mask)\n"
+GAE = "return advantages, zero_off(advantages + values, mask)"
+WHITE = "return zero_off(deviations * torch.rsqrt(variance + 1e-8), mask != 0)"
 CLIPPED = "clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)"
 LOSS = "loss = masked_mean(torch.max(plain, clipped), mask)"
 HALVED = "loss = 0.5 * masked_mean(torch.max(plain, clipped), mask)"
@@ -197,8 +197,8 @@ WRONG = [
     wrong(6, "KL at the end", KL, KL + "\n    rewards = torch.zeros_like(rewards).scatter(1, "
           "mask.long().cumsum(1).argmax(1, keepdim=True), rewards.sum(1, keepdim=True))",
           "whole KL"),
-    wrong(6, "in place", KL, "log_probs -= ref_log_probs\n    rewards = -kl_beta * zero_off(mask, "
-          "log_probs)", "changed"),
+    wrong(6, "in place", KL, "log_probs -= ref_log_probs\n    rewards = -kl_beta * zero_off("
+          "log_probs, mask)", "changed"),
     wrong(6, "the length of row 0", "last = mask", "last = mask[:1].expand_as(mask)", ""),
     wrong(6, "no return", PAY, PAY.replace("return ", ""), "None"),
     wrong(6, "cumsum", PAY, "at_end = mask.long().cumsum(1) == mask.sum(1, keepdim=True)\n"
@@ -224,9 +224,9 @@ WRONG = [
     wrong(7, "deltas", NEXT, "delta", "deltas"),
     wrong(7, "no V", DELTA, "delta = rewards[:, t]", "no V"),
     wrong(7, "no V'", DELTA, "delta = rewards[:, t] - values[:, t]", "no V'"),
-    wrong(7, "returns twice", GAE, "advantages = zero_off(mask, advantages + values)\n"
+    wrong(7, "returns twice", GAE, "advantages = zero_off(advantages + values, mask)\n"
           "    return advantages, advantages", "returns"),
-    wrong(7, "order", GAE, "return zero_off(mask, advantages + values), advantages", "order"),
+    wrong(7, "order", GAE, "return zero_off(advantages + values, mask), advantages", "order"),
     wrong(7, "gamma not on V'", DELTA, DELTA.replace("gamma * ", ""), "discount V'"),
     wrong(7, "gamma not on A'", NEXT, "delta + lam * next_advantage", "discount A'"),
     wrong(7, "exchanged", DELTA, DELTA.replace("gamma", "lam"), "exchanged"),
@@ -254,15 +254,15 @@ WRONG = [
     wrong(7, "length of row 0", ZEROED, "    mask = mask[:1].expand_as(mask)\n" + ZEROED,
           "first one ends"),
     wrong(7, "returns are advantages", GAE, "return advantages, advantages", "advantages"),
-    wrong(7, "returns are sums", GAE, "return advantages, zero_off(mask, rewards.flip(1).cumsum(1)"
-          ".flip(1))", "sums of rewards"),
+    wrong(7, "returns are sums", GAE, "return advantages, zero_off(rewards.flip(1).cumsum(1)"
+          ".flip(1), mask)", "sums of rewards"),
     wrong(7, "one result", GAE, "return advantages", "two"),
     wrong(7, "None beside it", GAE, "return advantages, None", "not numbers"),
     wrong(7, "discounted sums", GAE, "total = rewards.clone()\n    for t in reversed(range(total"
           ".shape[1] - 1)):\n        total[:, t] += gamma * total[:, t + 1]\n"
           "    return advantages, total", "sums of rewards"),
-    wrong(7, "a constant off", GAE, "return advantages + 1e-2 * mask, zero_off(mask, advantages + "
-          "values)"),
+    wrong(7, "a constant off", GAE, "return advantages + 1e-2 * mask, zero_off(advantages + "
+          "values, mask)"),
     wrong(7, "gradient", "@torch.no_grad()\n", "", "gradient"),
     wrong(7, "in place", ZEROED, "    rewards[mask == 0] = 0\n" + ZEROED, "changed"),
     wrong(7, "whitened", GAE, "advantages = whiten(advantages, mask)\n    " + GAE, "whitened"),
@@ -272,46 +272,44 @@ WRONG = [
          "padding"),
     body(8, "mask forgotten, all", "return (x - x.mean()) / (x.var(correction=0) + 1e-8).sqrt()",
          "padding"),
-    wrong(8, "n - 1", "masked_mean((x - mean) ** 2, mask)", "x[mask].var()", "n - 1"),
-    wrong(8, "mean added", WHITE, "return zero_off(mask, (x - mean) * torch.rsqrt(variance + 1e-8)"
-          " + mean)", "added the mean"),
-    wrong(8, "mean kept", WHITE, WHITE.replace("(x - mean)", "x"), "not subtract"),
-    wrong(8, "no deviation", WHITE, "return zero_off(mask, x - mean)", "not divide"),
-    wrong(8, "variance", WHITE, "return zero_off(mask, (x - mean) / (variance + 1e-8))",
+    wrong(8, "n - 1", "masked_mean(deviations**2, mask)", "x[mask != 0].var()", "n - 1"),
+    wrong(8, "mean added", WHITE, WHITE.replace(", mask", " + mean, mask"), "added the mean"),
+    wrong(8, "mean kept", WHITE, WHITE.replace("deviations", "x"), "not subtract"),
+    wrong(8, "no deviation", WHITE, "return zero_off(deviations, mask != 0)", "not divide"),
+    wrong(8, "variance", WHITE, "return zero_off(deviations / (variance + 1e-8), mask != 0)",
           "by the variance"),
     body(8, "rows", f"mean = {ROWS}\n    x = x - mean[:, None]\n"
          f"    var = {ROWS.replace('x', 'x**2')}\n"
          "    return x * mask * torch.rsqrt(var[:, None] + 1e-8)", "each row"),
     wrong(8, "no 1e-8", WHITE, WHITE.replace(" + 1e-8", ""), "0 / 0"),
-    wrong(8, "1e-8 outside", WHITE, "return zero_off(mask, (x - mean) / (variance.sqrt() + 1e-8))",
-          "under the root"),
+    wrong(8, "1e-8 outside", WHITE, "return zero_off(deviations / (variance.sqrt() + 1e-8), "
+          "mask != 0)", "under the root"),
     wrong(8, "1e-5", WHITE, WHITE.replace("1e-8", "1e-5"), "1e-5"),
     body(8, "zeros in the mean", "x = x * mask\n    x = (x - x.mean()) * mask\n"
          "    return x * torch.rsqrt(masked_mean(x**2, mask) + 1e-8)", "as zeros"),
     body(8, "zeros in both", "x = x * mask\n    return (x - x.mean()) / (x.std() + 1e-8) * mask",
          "as zeros"),
-    wrong(8, "square of x", "masked_mean((x - mean) ** 2, mask)", "masked_mean(x**2, mask)",
+    wrong(8, "square of x", "masked_mean(deviations**2, mask)", "masked_mean(x**2, mask)",
           r"x\^2"),
     body(8, "not zero, of junk", "mean = masked_mean(x, mask)\n    return (x - mean) * torch.rsqrt("
          "masked_mean((x - mean) ** 2, mask) + 1e-8)", "off the mask"),
     wrong(8, "first axis", "mean = masked_mean(x, mask)", "mean = x[0][mask[0]].mean()"),
-    wrong(8, "not zero", WHITE, "return (x - mean) * torch.rsqrt(variance + 1e-8)", "off the mask"),
-    wrong(8, "in place", "x = zero_off(mask, x)", "x *= mask", "changed"),
+    wrong(8, "not zero", WHITE, "return deviations * torch.rsqrt(variance + 1e-8)", "off the mask"),
+    wrong(8, "in place", "zero_off(x, mask != 0)", "x.mul_(mask)", "changed"),
     wrong(8, "no return", WHITE, WHITE.replace("return ", ""), "None"),
-    wrong(8, "a vector", WHITE, "return ((x - mean) * torch.rsqrt(variance + 1e-8))[mask]",
+    wrong(8, "a vector", WHITE, "return (deviations * torch.rsqrt(variance + 1e-8))[mask != 0]",
           "wrong shape"),
     # ------------------------------------------------------------------------ 9
     wrong(9, "sign", LOSS, LOSS.replace("loss = ", "loss = -"), "sign"),
-    wrong(9, "sign of both", "advantages = zero_off(mask, advantages)",
-          "advantages = -zero_off(mask, advantages)", "sign"),
+    wrong(9, "sign of both", "advantages = zero_off(advantages, mask)",
+          "advantages = -zero_off(advantages, mask)", "sign"),
     wrong(9, "smaller", LOSS, LOSS.replace("max(", "min("), "smaller"),
     wrong(9, "never", CLIPPED, "clipped = plain", "never clip"),
     wrong(9, "always", LOSS, "loss = masked_mean(clipped, mask)", "always"),
     wrong(9, "above only", CLIPPED, CLIPPED.replace("1 - clip_range, ", "max="), "large ratios"),
-    wrong(9, "upside down", "zero_off(mask, log_probs) - zero_off(mask, old_log_probs)",
-          "zero_off(mask, old_log_probs) - zero_off(mask, log_probs)", "upside down"),
-    wrong(9, "sum", LOSS, LOSS.replace("masked_mean(", "zero_off(mask, ").replace(
-        "torch.max(plain, clipped), mask)", "torch.max(plain, clipped)).sum()"), "sum"),
+    wrong(9, "upside down", "zero_off(log_probs, mask) - zero_off(old_log_probs, mask)",
+          "zero_off(old_log_probs, mask) - zero_off(log_probs, mask)", "upside down"),
+    wrong(9, "sum", LOSS, LOSS.replace("masked_mean(", "zero_off(") + ".sum()", "sum"),
     wrong(9, "outside", SHARE, SHARE.replace("clipped > plain", "(ratio - 1).abs() > clip_range"),
           "outside the range"),
     wrong(9, "width", LOSS, "loss = torch.max(plain, clipped).mean()", "width"),
@@ -319,10 +317,10 @@ WRONG = [
           "row means"),
     wrong(9, "log-ratio", CLIPPED, "clipped = -advantages * log_ratio.clamp(-clip_range, clip_range"
           ").exp()", "log-ratio"),
-    wrong(9, "no exp", "torch.exp(log_ratio.clamp(max=largest))", "log_ratio", "exp"),
-    wrong(9, "p / p", "torch.exp(log_ratio.clamp(max=largest))", "log_probs / old_log_probs",
+    wrong(9, "no exp", "torch.exp(log_ratio.clamp(max=88))", "log_ratio", "exp"),
+    wrong(9, "p / p", "torch.exp(log_ratio.clamp(max=88))", "log_probs / old_log_probs",
           "divided the log-probs"),
-    wrong(9, "count", SHARE, "return loss, zero_off(mask, (clipped > plain)).sum()", "count"),
+    wrong(9, "count", SHARE, "return loss, zero_off(clipped > plain, mask).sum()", "count"),
     wrong(9, "detached", LOSS, LOSS + ".detach()", "no gradient"),
     wrong(9, "clip is .2", CLIPPED, CLIPPED.replace("clip_range", "0.2"), "clip_range"),
     wrong(9, "padding in the share", SHARE, "return loss, (clipped > plain).double().sum() / "
@@ -343,7 +341,7 @@ WRONG = [
           ")) / advantages.std()\n    plain = -advantages", ""),
     wrong(9, "clamp(-c, c)", CLIPPED, CLIPPED.replace("1 - clip_range, 1 + clip_range",
           "-clip_range, clip_range"), "around 0"),
-    wrong(9, "in place", "advantages = zero_off(mask, advantages)", "advantages *= mask",
+    wrong(9, "in place", "advantages = zero_off(advantages, mask)", "advantages *= mask",
           "changed"),
     wrong(9, "one mask", LOSS, "loss = masked_mean(torch.max(plain, clipped), mask[:1].expand_as("
           "mask))", "width"),
@@ -376,7 +374,7 @@ WRONG = [
     wrong(10, "detached", HALVED, HALVED + ".detach()", "no gradient"),
     wrong(10, "outside", SHARE, SHARE.replace("clipped > plain", "(values - old_values).abs() > "
           "clip_range"), "outside the range"),
-    wrong(10, "count", SHARE, "return loss, zero_off(mask, (clipped > plain)).sum()", "count"),
+    wrong(10, "count", SHARE, "return loss, zero_off(clipped > plain, mask).sum()", "count"),
     wrong(10, "padding in the share", SHARE, "return loss, (clipped > plain).double().sum() / "
           "mask.numel()", "share"),
     wrong(10, "half inside", HALVED, "loss = masked_mean(torch.max(0.5 * plain, clipped), mask)",
@@ -388,7 +386,7 @@ WRONG = [
           "old_values * (1 + clip_range))", "share of the old"),
     wrong(10, "sum", HALVED, "loss = 0.5 * torch.max(plain, clipped).sum()", "sum"),
     wrong(10, "loss only", SHARE, "return loss", "two"),
-    wrong(10, "in place", "returns = zero_off(mask, returns)", "returns *= mask", "changed"),
+    wrong(10, "in place", "returns = zero_off(returns, mask)", "returns *= mask", "changed"),
     # ------------------------------------------------------------------------ 11
     wrong(11, "first order", VOTES, 'float(first == "A")', "first order"),
     wrong(11, "not turned", VOTES, VOTES.replace('second == "B"', 'second == "A"'), "turn"),
