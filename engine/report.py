@@ -1,15 +1,13 @@
-"""What a person looks at: report.md, its curves, and the last lines in the terminal.
+"""What a person looks at after a run: report.md, and curves.png in it.
 
 Everything here gets finished numbers and judges nothing.
 """
 
-import json
 import re
 import textwrap
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean as mean
-from statistics import stdev
+
+from judge import HEADER, wilson_interval, win_rate_table
 
 # One colour for one thing in every picture (Okabe-Ito, which colour-blind readers can tell apart)
 BLUE = "#0072B2"  # the reward model, and what it thinks
@@ -21,158 +19,100 @@ PURPLE = "#CC79A7"  # PPO's policy
 BLACK = "#000000"  # how a policy samples: entropy, best of n
 GREY = "#666666"  # what needs no learning: length, random weights
 
-
 # ---------------------------------------------------------------------------- pictures
 
+# stage, numbers and their colours, title; and how many points are drawn, each the mean of several
+# steps, as a single step of 8 pairs or 64 summaries says little. 0: each step is drawn
+PANELS = (
+    ("sft", {"loss": SKY}, "SFT loss (nats per token)", 40),
+    ("reward", {"loss": BLUE}, "reward-model loss (nats per pair)", 40),
+    ("reward", {"accuracy": BLUE}, "reward-model accuracy, while it trains", 40),
+    ("ppo", {"reward": BLUE}, "reward of samples (references = 0)", 10),
+    ("ppo", {"kl_per_summary": VERMILION}, "KL to SFT (nats per summary)", 0),
+    ("ppo", {"length": GREY}, "length of samples (tokens)", 0),
+    ("ppo", {"entropy": BLACK}, "entropy of samples (nats per token)", 0),
+    ("ppo", {"policy_clip_fraction": PURPLE}, "clip fraction of the policy", 0),
+    ("ppo", {"value_loss": GREY}, "value loss", 0),
+    ("ppo", {"explained_variance": GREY}, "explained variance of the critic", 0),
+    ("judge", {"vs_reference_win_rate": ORANGE, "vs_sft_win_rate": SKY},
+     "win rate against reference and SFT", 0),
+    ("judge", {"true_quality": GREEN}, "true quality (5 is the most)", 0))
 
-@dataclass
-class Panel:
-    """One pair of axes, and the lines on it."""
 
-    rows: list  # dicts: a row has numbers by name, and may name its "line", "point" and "seed"
-    x: str  # what lies on the x axis
-    keys: list  # what lies on the y axis, a line for each
-    colors: dict  # by key, or by "line" where there is one key and the rows name lines
-    settings: dict  # title, xlabel, xscale, xticks and the like, as Axes.set takes them
-    bars: bool = False  # instead of lines, with the names of the ticks on end
-    band: tuple = ()  # (x, lowest, highest) of healthy runs, in grey behind the lines
-    each_seed: bool = False  # thin behind a line: those of its seeds, as a mean can hide what each did
-
-
-def draw(path, shape, panels, title=None):
-    """Panels as a PNG, in rows and columns; on white: it reads on light and on dark pages."""
+def draw_run(run, healthy):
+    """Draw curves.png into the run's folder, a panel for each number that the run has."""
     from matplotlib.figure import Figure  # pyplot would look for a screen
 
-    fig = Figure((2 + 4 * shape[1], 2 + 3 * shape[0]), layout="constrained")
-    for axis, panel in zip(fig.subplots(*shape, squeeze=False).flat, panels):
-        if panel.band:
-            axis.fill_between(*zip(*panel.band), color=GREY, alpha=0.25, linewidth=0)
-        draw_lines(axis, panel)
-        axis.set(**panel.settings)
+    drawn = [(panel, [row for row in run.history(panel[0])  # a NaN has gone through JSON as None
+                      if None not in map(row.get, panel[1])]) for panel in PANELS]
+    drawn = [(panel, rows) for panel, rows in drawn if rows]
+    height = -(-len(drawn) // 3)  # three in a row
+    fig = Figure((12, 3 * height), layout="constrained")
+    for i, ((stage, colors, title, points), rows) in enumerate(drawn, 1):
+        axis, size = fig.add_subplot(height, 3, i), max(1, len(rows) // points if points else 1)
+        for key, color in colors.items():
+            if size > 1:
+                axis.plot(*columns(rows, key, 1), color=color, linewidth=0.6, alpha=0.4)
+            axis.plot(*columns(rows, key, size), color=color,
+                      label=key.removesuffix("_win_rate").replace("_", " "))
+        band = [point for point in healthy.get(next(iter(colors)), ())
+                if stage in ("ppo", "judge") and point[0] <= rows[-1]["step"]]  # as far as this run
+        if band:
+            axis.fill_between(*zip(*band), color=GREY, alpha=0.25, linewidth=0)
+        axis.set(title=title, xlabel="step" if stage in ("sft", "reward") else "PPO update")
         axis.grid(alpha=0.3)
-        axis.minorticks_off()  # on a logarithmic axis they would stand between the given ones
-        axis.tick_params("x", rotation=90 if panel.bars else 0)
-    fig.suptitle(title, fontweight="bold")
-    fig.savefig(path, dpi=120)
+        if len(colors) > 1:
+            axis.legend(fontsize="small")
+    fig.savefig(run.folder / "curves.png", dpi=100)
 
 
-def draw_lines(axis, panel):
-    """A line (or bars) for each "line" of the rows and each key, with error bars."""
-    keys, drawn = panel.keys, []
-    for line in dict.fromkeys(row.get("line", "") for row in panel.rows):
-        # None is a NaN that went through JSON, or a key that this line does not have
-        rows = [row for row in panel.rows
-                if row.get("line", "") == line and None not in map(row.get, keys)]
-        for key in keys if rows else ():
-            label = [key] * (len(keys) > 1 or not line) + [line] * bool(line)
-            drawn.append(panel.colors[label[0]])
-            xs, ys, errors = zip(*points_of(rows, panel.x, key))
-            for seed in {row["seed"] for row in rows} if panel.each_seed else ():
-                own = [row for row in rows if row["seed"] == seed]
-                own_xs, own_ys, _ = zip(*points_of(own, panel.x, key))
-                axis.plot(own_xs, own_ys, color=drawn[-1], linewidth=0.6, alpha=0.5)
-            if panel.bars:
-                axis.bar(xs, ys, color=drawn[-1])
-            else:  # lines of one colour differ in their strokes
-                axis.errorbar(xs, ys, errors, color=drawn[-1], capsize=2, markersize=4,
-                              linestyle=("-", "--", ":")[drawn.count(drawn[-1]) - 1],
-                              marker="o" if len(xs) < 40 else None,
-                              label=", ".join(label).replace("_", " "))
-    if len(drawn) > 1:
-        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18))
+def columns(rows, key, size):
+    """Steps and numbers of rows, each a mean over `size` rows, the last one perhaps of fewer."""
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [[mean(row[name] for row in part) for part in parts] for name in ("step", key)]
 
 
-def points_of(rows, x, y):
-    """[(x, mean of y, its standard error)] over the rows of a point, which agree on "point" or else
-    on x. The error is over seeds or, without seeds, over rows; a single one has none."""
-    points = {}  # point -> seed -> rows
-    for i, row in enumerate(rows):
-        seeds = points.setdefault(row.get("point", row[x]), {})
-        seeds.setdefault(row.get("seed", i), []).append(row)
-    drawn = []
-    for seeds in points.values():
-        xs = [row[x] for some in seeds.values() for row in some]
-        # a seed's rows are not independent: their mean counts once
-        ys = [mean(row[y] for row in some) for some in seeds.values()]
-        drawn.append((mean(xs), mean(ys), stdev(ys) / len(ys) ** 0.5 if len(ys) > 1 else 0))
-    return sorted(drawn)
-
-
-def healthy_bands(results):
-    """{name of a metric: [(update, lowest, highest), ...]} of ten default runs, from the atlas of
-    symptoms; nothing for a run that is not of the tiny world."""
-    path = Path(__file__).parent.parent / "figures" / "symptoms.json"
-    if results.get("preset") != "tiny" or "ideal_vs_reference" not in results or not path.exists():
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))["healthy"]
-
-
-def draw_run(run, results):
-    """Draw curves.png into the run's folder."""
-    healthy = healthy_bands(results)
-    # between two dollars matplotlib expects a formula
-    escaped, update = one_line(results["ppo_vs_sft"]["judge"]).replace("$", r"\$"), "PPO update"
-    win_rates = {"vs_reference_win_rate": ORANGE, "vs_sft_win_rate": SKY}
-    panels = []
-    for stage, colors, title, xlabel in (
-            ("sft", {"loss": SKY}, "SFT loss (nats per token)", "step"),
-            ("reward", {"loss": BLUE}, "reward-model loss (nats per pair)", "step, means of 50"),
-            ("ppo", {"reward": BLUE}, "reward of samples (references = 0)", update),
-            ("ppo", {"kl_per_summary": VERMILION}, "KL to SFT (nats per summary)", update),
-            ("ppo", {"length": GREY}, "length of samples (tokens)", update),
-            ("ppo", {"entropy": BLACK}, "entropy of samples (nats per token)", update),
-            ("ppo", {"policy_clip_fraction": PURPLE}, "clip fraction of the policy", update),
-            ("ppo", {"value_loss": GREY}, "value loss", update),
-            ("judge", win_rates, f"win rate (judge: {escaped})", update),
-            ("judge", {"true_quality": GREEN}, "true quality, greedy (at most 5)", update)):
-        size = 50 if stage == "reward" else 1  # a step has few pairs: a point is the mean of 50
-        rows = [row | {"point": row["step"] // size} for row in run.history(stage)]
-        settings = {"title": title, "xlabel": xlabel}
-        panels.append(Panel(rows, "step", list(colors), colors, settings, band=[
-            point for point in healthy.get(list(colors)[0], []) if stage in ("ppo", "judge")
-            and rows and point[0] <= rows[-1]["step"]]))  # no further than this run went
-    draw(run.folder / "curves.png", (2, 5), panels)
-
-
-def picture(run, results):
-    """The line of the report that shows the curves, or says why there are none: results matter
+def picture(run, healthy):
+    """The lines of the report that show the curves, or say why there are none: results matter
     more than a picture, so whatever an optional library does to us must not end the run."""
     try:
-        draw_run(run, results)
-        grey = "\n\nGrey: where ten default runs were." if healthy_bands(results) else ""
-        return "![curves.png](curves.png)" + grey
+        draw_run(run, healthy)
     except OSError:  # a full disk, for one, loses the report, too
         raise
     except Exception as error:
-        text = f"matplotlib can't draw here ({one_line(f'{type(error).__name__}: {error}')})"
-        print(f"no picture in the report: {text}")
+        text = f"matplotlib can't draw here ({type(error).__name__}: {error})"
         return f'No picture: {cell(text)}. It comes with `pip install -e ".[plots]"`.'
+    grey = " Grey: from the lowest to the highest of ten default runs." if healthy else ""
+    return ("![curves.png](curves.png)\n\nWhere a pale line shows each step, the strong one shows "
+            f"means of several.{grey} Win rates and true quality are of greedy summaries.")
 
 
 # ---------------------------------------------------------------------------- words and tables
 
-COMPARED = (("sft_vs_reference", "SFT against reference"),
-            ("ppo_vs_reference", "PPO against reference"), ("ppo_vs_sft", "PPO against SFT"),
-            ("best_of_n_vs_reference", "best-of-n against reference"),
-            ("ideal_vs_reference", "the ideal against reference"))
-HEADER = ("", "win rate", "95 % interval", "posts", "words ours / theirs")
-
-
-def win_rate_table(results):
-    """HEADER and a row for each of the comparisons that were judged, all strings."""
-    table = [HEADER]
-    for key, name in COMPARED:
-        if key in results:
-            r = results[key]
-            table.append((name, f"{r['win_rate']:.3f}", f"{r['low']:.3f} - {r['high']:.3f}",
-                          str(r["n"]), f"{r['mean_length']:.1f} / {r['mean_length_other']:.1f}"))
-    return table
-
-
-def agreement_line(agreements):
-    """Rows (name, share, low, high, n) in one line: who chooses as the labelers did, how often."""
-    return "; ".join(f"{name} {share:.3f} ({low:.3f} - {high:.3f}, n = {n})"
-                     for name, share, low, high, n in agreements)
+# Who chooses as the labelers did: results by key, and what stands before their number
+AGREE = {
+    "reward_accuracy": "the reward model",
+    "reward_accuracy_longest_wins": "whoever picks the longer summary",
+    "reward_accuracy_post_blind": "a model that counts words and never reads the post"}
+MEASURES = {
+    "reward_accuracy_ceiling": "of these labels, the share that someone who knows the labeler's "
+    "taste exactly would get right: labelers slip",
+    "label_agreement": "share of these labels that agree with the labeler's taste",
+    "reward_accuracy_true_taste": "share of these pairs in which the reward model prefers what the "
+    "labeler's taste prefers, slips left out",
+    "reward_accuracy_swapped_fact": "share of held-out posts for which the reward model prefers "
+    "the ideal summary to the same one with a wrong fact: only a reader of the post can",
+    "fact_accuracy": "of the facts that samples of the SFT model state, the share that is right",
+    "kl_per_summary": "nats between the policy and the SFT model, for a whole summary, at the last "
+    "PPO update",
+    "best_of_n_kl": "nats between best-of-n and the SFT model",
+    "reward_sft": "mean reward of the SFT model's greedy summaries; the references have 0",
+    "reward_ppo": "mean reward of PPO's greedy summaries",
+    "mean_length_sft": "words of the SFT model's greedy summaries",
+    "mean_length_ppo": "words of PPO's greedy summaries",
+    "mean_length_reference": "words of the references"}
+VERDICTS = {1.0: "better than the reference", 0.5: "a tie with the reference",
+            0.0: "worse than the reference"}
 
 
 def one_line(text, width=300):
@@ -182,46 +122,58 @@ def one_line(text, width=300):
 
 
 def cell(text):
-    """Text of others for a table in Markdown: markup in a post stays text."""
-    return re.sub(r"[\\`*_{}\[\]<>#|!~&]", lambda match: f"&#{ord(match[0])};",
-                  one_line(text, 2000))
+    """Text of others in Markdown: markup in a post stays text."""
+    return re.sub(r"[\\`*_{}\[\]<>#|!~&$]", lambda match: f"&#{ord(match[0])};",
+                  one_line(text, 4000))
 
 
-def table_row(cells):
-    return f"| {' | '.join(cells)} |"
+def table(header, rows):
+    """A table in Markdown, with an empty line after it."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def print_end(run, results, samples):
-    """What the terminal shows of a finished run: three posts, the win rates, where to look."""
-    for sample in samples[:3]:
-        print(f"\n{one_line(sample['post']['title'])}\n{one_line(sample['post']['post'])}")
-        for name in ("reference", "sft", "ppo"):
-            print(f"  {name:>9}: {one_line(sample[name])}")
-    print(f"\nWin rates, judged by: {one_line(results['ppo_vs_sft']['judge'])}")
-    for row in win_rate_table(results):
-        print("{:29}{:10}{:15}{:7}{}".format(*row))
-    print(f"\nKL {results['kl_per_summary']:.2f} nats per summary; reward of greedy summaries "
-          f"{results['reward_sft']:.2f} -> {results['reward_ppo']:.2f}; "
-          f"{results['seconds']['total']:.0f} s; see {run.folder / 'report.md'}")
+def agreement(results):
+    """Rows of who chooses as the labelers did, how often (4.3), with intervals."""
+    rows = [(name, results[key], results["reward_accuracy_n"])
+            for key, name in AGREE.items() if key in results]
+    if "judge_agreement" in results:
+        entry = results["judge_agreement"]
+        rows.insert(0, (f"the judge, {cell(entry['judge'])}", entry["win_rate"], entry["n"]))
+    return [(name, f"{share:.3f}", "{:.3f} - {:.3f}".format(*wilson_interval(share, n)), str(n))
+            for name, share, n in rows]
 
 
-def report(run, results, samples, agreements):
-    """Write report.md with the curves, and print the end of the run.
+def number(value):
+    """A number, or several by name, as text."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number(some)}" for name, some in value.items())
+    return f"{value:.3f}"
 
-    results: as in results.json; samples: as in samples.jsonl; agreements: rows (name, share, low,
-    high, n) of who chooses as the labelers did.
-    """
-    judge, table = cell(results["ppo_vs_sft"]["judge"]), win_rate_table(results)
-    numbers = [(key, f"{value:.4g}") for key, value in results.items() if isinstance(value, float)]
-    texts = [(s["post"]["title"], s["reference"], s["sft"], s["ppo"]) for s in samples[:20]]
-    lines = [f"# Run {run.folder.name}, seed {results['seed']}", "",
-             f"Win rates, judged by **{judge}** on held-out posts; 95 % Wilson intervals.", "",
-             f"Agreement with the labels of held-out comparisons: {agreement_line(agreements)}.",
-             "", table_row(HEADER), "|---" * len(HEADER) + "|", *map(table_row, table[1:]), "",
-             "| measure | value |", "|---|---|", *map(table_row, numbers), "",
-             *(f"**Warning:** {cell(text)}\n" for text in results["warnings"]),
-             picture(run, results) + "\n",
-             "## Samples", "", "| post | reference | SFT | PPO |", "|---|---|---|---|",
-             *(table_row(map(cell, row)) for row in texts), ""]
-    run.write("report.md", "\n".join(lines))  # whoever finds it knows that the run is finished
-    print_end(run, results, samples)
+
+def describe_sample(i, sample):
+    """One post, and the summaries of it."""
+    verdict = VERDICTS.get(sample["ppo_vs_reference"], "not judged")
+    return (f"### {i}. {cell(sample['post']['title'])}\n\n**Post:** {cell(sample['post']['post'])}"
+            f"\n\n- **reference:** {cell(sample['reference'])}"
+            f"\n- **SFT** (reward {sample['reward_sft']:.2f}): {cell(sample['sft'])}"
+            f"\n- **PPO** (reward {sample['reward_ppo']:.2f}; {verdict}): {cell(sample['ppo'])}\n")
+
+
+def report(run, results, samples, healthy=None):
+    """Write report.md, with curves.png, into run.folder. results and samples: as in results.json
+    and samples.jsonl; healthy: where the curves of healthy runs are, {name of a number in
+    metrics.jsonl: [(update, lowest, highest), ...]}."""
+    win_rates = win_rate_table(results)
+    measures = [(text, number(results[key])) for key, text in MEASURES.items() if key in results]
+    run.write("report.md", "\n".join([  # whoever finds it knows that the run is finished
+        f"# Run {cell(run.folder.name)}, seed {results['seed']}\n",
+        *(f"**Warning:** {cell(text)}\n" for text in results["warnings"]),
+        f"Summaries of held-out posts, judged by **{cell(results['ppo_vs_sft']['judge'])}**; 95 % "
+        "Wilson intervals. The win rate of A against B is the share of posts where A is better, "
+        "ties counting half.\n", table(HEADER, win_rates[1:]),
+        "How often each chooses the summary that the labeler chose, on held-out comparisons:\n",
+        table(("", "agrees", "95 % interval", "pairs"), agreement(results)),
+        table(("measure", "value"), measures), picture(run, healthy or {}) + "\n",
+        "## Samples\n", "The first posts of samples.jsonl.\n",
+        *(describe_sample(i, sample) for i, sample in enumerate(samples[:20], 1))]))
