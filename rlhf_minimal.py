@@ -286,17 +286,23 @@ FAST = {  # --fast_dev_run: so few of everything that only the code is tested
     "toy_posts": 64, "toy_comparisons": 200, "toy_held_out": 16, "ppo_episodes": 32,
     "ppo_batch_size": 16, "ppo_epochs": 2, "judge_every": 1, "judge_during": 8, "judge_posts": 16,
     "best_of_n": 4, "response_length": 16, "reward_batch_size": 8}
-NEGATIVE = ("missing_eos", "toy_length_bias")  # numbers that may be below zero
-NOT_ZERO = ("batch_size", "epochs", "episodes", "minibatches", "length", "posts", "comparisons",
-            "held_out", "width", "layers", "heads", "sequences", "of_n", "during", "temperature",
-            "clip_range", "clip_range_value", "grad_norm")  # ends of names of those above zero
+COUNTS = ("sft_batch_size sft_epochs reward_batch_size reward_epochs ppo_episodes ppo_batch_size "
+          "ppo_epochs ppo_minibatches return_sequences response_length query_length summary_length "
+          "toy_posts toy_comparisons toy_held_out toy_width toy_layers toy_heads judge_posts "
+          "judge_during best_of_n").split()
+# What numbers may be, from least to most; any other one only has to be finite
+RANGES = dict.fromkeys(COUNTS, (1, 2**31 - 1)) | dict.fromkeys(
+    ("sft_lr", "reward_lr", "ppo_lr", "kl_beta", "value_weight", "judge_every"), (0, 1e6)) | {
+    "clip_range": (1e-9, 1e6), "clip_range_value": (1e-9, 1e6), "max_grad_norm": (1e-9, 1e6),
+    "gamma": (0, 1), "lam": (0, 1), "seed": (0, 2**63 - 1),
+    "temperature": (0.001, 1000)}  # beyond, logits overflow or sampling no longer reads them
 
 
 def make_parser(*configs):
     """A command line with a flag for each field of the dataclasses; what --help says of a field is
     the comment beside it."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, usage="python rlhf_minimal.py [--setting value ...]",
+        allow_abbrev=False, usage="%(prog)s [--setting value ...]",
         formatter_class=partial(argparse.HelpFormatter, max_help_position=24, width=110))
     parser.error = refuse
     for config in configs:
@@ -311,17 +317,16 @@ def make_parser(*configs):
 
 
 def refuse(message):
-    raise SettingError(f"{message}; `python rlhf_minimal.py --help` lists the settings")
+    raise SettingError(f"{message}; --help lists the settings")
 
 
-def check_settings(settings):
-    """Raise SettingError for the first number that makes no sense; NaN never does."""
+def check_settings(settings, ranges=RANGES):
+    """Raise SettingError for the first number outside its range (NaN is in none), and for numbers
+    that do not go together."""
     for name, value in vars(settings).items():
-        if type(value) in (int, float):
-            low = -1e6 if name in NEGATIVE else 0
-            if not low <= value < 2**63 or value == 0 and name.endswith(NOT_ZERO):
-                refuse(f"--{name} {value}: expected a number of {low:g} or more, "
-                       "0 where it makes sense")
+        low, high = ranges.get(name, (-1e6, 1e6))
+        if type(value) in (int, float) and not low <= value <= high:
+            refuse(f"--{name} {str(value)[:40]}: expected {low:g} to {high:g}")
     if settings.ppo_batch_size % settings.return_sequences:
         refuse(f"--return_sequences {settings.return_sequences}: expected a divisor of "
                f"ppo_batch_size ({settings.ppo_batch_size})")
@@ -349,12 +354,12 @@ def parse_settings(arguments):
     return settings
 
 
-def print_end(run, results, samples):
+def print_end(run, results, samples, show=str):
     """What the terminal shows of a finished run: three posts, the win rates, where to look."""
     for sample in samples[:3]:
-        print(f"\n{sample['post']['title']}\n{sample['post']['post']}")
+        print(f"\n{show(sample['post']['title'])}\n{show(sample['post']['post'])}")
         for name in ("reference", "sft", "ppo"):
-            print(f"  {name:>9}: {sample[name]}")
+            print(f"  {name:>9}: {show(sample[name])}")
     print(f"\nWin rates, judged by: {results['ppo_vs_sft']['judge']}")
     for row in judge.win_rate_table(results):
         print("{:29}{:10}{:15}{:7}{}".format(*row))
@@ -394,7 +399,9 @@ def main(arguments=()):
         print_end(run, results, samples)
         if (ROOT / "engine").exists():  # a hand-out may be made of the root files alone
             from engine.report import report
-            report(run, results, samples)
+            atlas = ROOT / "figures" / "symptoms.json"  # where ten default runs were
+            told = json.loads(atlas.read_text(encoding="utf-8")) if atlas.exists() else {}
+            report(run, results, samples, told.get("healthy"))
         return results
     except (SettingError, DataError) as error:
         sys.exit(f"rlhf_minimal: {error}")

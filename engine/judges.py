@@ -1,19 +1,17 @@
 """Language models as judges, and a judge's share of the work where there are several processes."""
 
-from dataclasses import asdict
-
 import torch
 
-import toy
+import judge as judge_file
 from engine.architectures import most_positions
 from engine.devices import pick_device, pick_dtype
 from engine.models import load_language_model
 from engine.processes import share_out
 from engine.settings import SettingError
-from engine.texts import control_ids, front_ids, ids_after, text_ids
-from judge import judge_pairwise, length_controlled_win_rate, mean_words, quality_judge, win_rate
+from engine.texts import control_ids, front_ids, ids_after, text_ids, truncate_post
+from judge import JUDGES, make_judge
 from lm import get_position_ids, pad
-from tldr import build_prompt, truncate_post
+from tldr import build_prompt
 
 # The labelers' criteria in the order of Table 6: essence, clarity, accuracy, purpose, conciseness,
 # style. The comparison is fixed: no setting of a run changes what "better" means.
@@ -164,10 +162,8 @@ def load_judge(name, small=False, device=None, dtype=None):
     Raises SettingError for a model that can't judge. small: a model of the same architecture with
     random weights.
     """
-    if name == "labeler":  # of the tiny world: whoever writes by its taste wins
-        return quality_judge(toy.true_quality)
-    if name == "longest":  # in characters; what every other judge has to beat (App. F)
-        return quality_judge(lambda post, summary: len(summary))
+    if name in JUDGES:
+        return make_judge(name, None)
     # Qwen/Qwen2.5-3B-Instruct, the full preset's, is licensed for non-commercial research only;
     # Qwen/Qwen3-4B-Instruct-2507 is under Apache-2.0.
     device = device or pick_device()
@@ -180,15 +176,13 @@ def load_judge(name, small=False, device=None, dtype=None):
 
 
 def judged(run, judge, name, posts, ours, theirs):
-    """Our summaries against theirs: the entry of results.json, and the outcome for each post.
-    name is the judge's, and stands beside its numbers."""
-    outcomes = share_out(judge_pairwise, judge, posts, ours, theirs)
-    counted = win_rate(outcomes)
-    answered = counted.total - counted.abstentions
-    if not answered:  # NaN in every table, so it has to be said why
-        run.warn("judge", f"the judge {name} abstained on all {counted.total} posts: its win rates "
+    """As judge.judged; each process asks about its share of the rows, and it is said where a judge
+    abstains on all of them."""
+    def shared(*rows):
+        return share_out(judge, *rows)
+
+    entry, outcomes = judge_file.judged(shared, name, posts, ours, theirs)
+    if not entry["n"]:  # NaN in every table, so it has to be said why
+        run.warn("judge", f"the judge {name} abstained on all {len(posts)} posts: its win rates "
                  "are empty; choose another one")
-    lengths = [[len(text) + 1 for text in side] for side in (ours, theirs)]  # "" has no logarithm
-    return {"n": answered, "judge": name, **asdict(counted),
-            "length_controlled": length_controlled_win_rate(outcomes, *lengths),
-            "mean_length": mean_words(ours), "mean_length_other": mean_words(theirs)}, outcomes
+    return entry, outcomes

@@ -13,7 +13,6 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from statistics import fmean as mean
 
 import torch
 from safetensors import SafetensorError
@@ -32,16 +31,15 @@ from engine.report import one_line, report
 from engine.reward import RewardModel, train_reward
 from engine.rows import DataError, read_text
 from engine.sampling import sample_responses
-from engine.settings import SettingError, check_ranges, parse
+from engine.settings import RANGES, SettingError, check_settings, parse
 from engine.sft import train_sft
 from engine.start import prepare_run
 from engine.texts import decode_response, encode, encode_pairs
-from judge import JudgeConfig, agreements, best_of_n, best_of_n_kl, compare_summaries, judge_during
-from judge import judge_the_judge, mean_words, measure_reward_model, reward_model_judge
+from judge import best_of_n, best_of_n_kl, compare_summaries, describe_samples, judge_during
+from judge import judge_the_judge, measure_reward_model, reward_model_judge
 from lm import generator_for
-from ppo import PPOConfig
-from reward import RewardConfig, normalize, preference_accuracy, score_summaries
-from sft import SFTConfig
+from reward import normalize, preference_accuracy, score_summaries
+from rlhf_minimal import print_end
 
 
 def run_all(settings):
@@ -72,8 +70,9 @@ def run_all(settings):
 
         # How often it, and the judge, agree with held-out labels (4.3, 3.3)
         ask = partial(judged, run, judge or reward_model_judge(reward_of), settings.judge)
-        results |= measure_reward_model(run, reward_model, pairs, held_out_pairs, held_out_rows,
-                                        tokenizer, settings.rollout_batch_size or 256)
+        results |= measure_reward_model(
+            reward_model, pairs, held_out_pairs, held_out_rows, tokenizer,
+            partial(run.warn, "reward"), settings.rollout_batch_size or 256)
         results |= judge_the_judge(ask, held_out_rows, settings.judge_posts)
 
         # What pi_SFT writes, before it becomes the policy, and its best of n samples (4.1, G.3)
@@ -182,7 +181,7 @@ def optimize_policy(run, settings, queries, few, tokenizer, sft, reward_model, a
     def evaluate(update):
         """The periodic win rate: every judge_every updates, on a few held-out posts."""
         if settings.judge_every and update % settings.judge_every == 0:
-            judge_during(run, update, ask, few, write(tokenizer, settings, sft, few), sft_texts)
+            judge_during(run.log, update, ask, few, write(tokenizer, settings, sft, few), sft_texts)
 
     critic = train_ppo(run, sft, reward_model, queries, tokenizer, settings, evaluate)
     run.save_model("policy", sft, tokenizer)
@@ -202,34 +201,20 @@ def judge_summaries(run, settings, posts, sft_texts, best_texts, texts, reward_o
             ideal, swapped = (torch.tensor(reward_of(posts, side))
                               for side in toy.swapped_fact_pairs(posts, run.seed))
             results["reward_accuracy_swapped_fact"] = preference_accuracy(ideal, swapped)
-        rewards_sft, rewards_ppo = reward_of(posts, sft_texts), reward_of(posts, texts)
+        samples = describe_samples(results, outcomes, posts, sft_texts, texts, reward_of)
     results |= {"kl_per_summary": run.history("ppo")[-1]["kl_per_summary"],
-                "reward_sft": mean(rewards_sft), "reward_ppo": mean(rewards_ppo),
-                "mean_length_sft": mean_words(sft_texts), "mean_length_ppo": mean_words(texts),
-                "mean_length_reference": mean_words([post["summary"] for post in posts]),
                 "warnings": list(run.warnings.values()), "seconds": run.total_seconds(),
                 "peak_memory_bytes": peak_memory_bytes()}
-    samples = []
-    for i, post in enumerate(posts):
-        samples.append({"post": {key: post[key] for key in ("subreddit", "title", "post")},
-                        "reference": post["summary"], "sft": sft_texts[i], "ppo": texts[i],
-                        "reward_sft": rewards_sft[i], "reward_ppo": rewards_ppo[i],
-                        "ppo_vs_reference": outcomes["ppo_vs_reference"][i],
-                        "ppo_vs_sft": outcomes["ppo_vs_sft"][i], "judge": settings.judge})
     run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
     if rank() == 0:
         run.write("results.json", results)  # before anything is drawn or printed, which may fail
-        report(run, results, samples, agreements(results))
+        report(run, results, samples)
+        print_end(run, results, samples, one_line)
         run.remove("checkpoints")
     return results
 
 
 # ---------------------------------------------------------------------------- the command line
-
-
-def parse_settings(arguments):
-    """Command line -> one namespace of all settings (engine/settings.py)."""
-    return parse(arguments, (SFTConfig, RewardConfig, PPOConfig, JudgeConfig))
 
 
 def summarize(settings):
@@ -246,12 +231,12 @@ def summarize(settings):
     if not text:
         raise SettingError(f"--summarize {settings.summarize}: expected a post, found no text")
     for name in ("query_length", "prompt_newlines", "summary_length", "response_length"):
-        value = recorded(folder, name)
+        value = recorded(folder, name) or {"prompt_newlines": 2}.get(name)  # the plain house's
         if type(value) is not int:
             raise SettingError(f"--output_dir {folder}: expected the settings of a run in "
                                f"config.json, found no {name}; run it again, or choose another")
         setattr(settings, name, value)
-    check_ranges(settings)
+    check_settings(settings, RANGES)
     device = pick_device(settings.device)
     reward_model = from_hub(RewardModel.from_pretrained, folder / "reward_model").to(device)
     posts = [{"post": text}]
@@ -286,7 +271,7 @@ def main(arguments=()):
         sys.stdout.reconfigure(errors="replace")  # a terminal without a heart prints ? for one
     settings = made = None
     try:
-        settings = parse_settings(arguments)
+        settings = parse(arguments)
         if settings.summarize:
             return summarize(settings)
         if not settings.output_dir:

@@ -3,7 +3,7 @@
 A reader of JSON or parquet lets a lot through: a label "1" or true, half a character, a row with a
 cell too many. A model then trains on it in silence. Here every row of a source is read and checked
 before one is used, and what is wrong ends in one line that names the file, the row and the field.
-What makes a row right is the caller's: a function `check` (tldr.check_reference, for instance),
+What makes a row right is the caller's: a function `check` (schema.check_reference, for instance),
 which returns what a row becomes, or a str that says why it is left out, or raises DataError
 through `expect` and `get_text`.
 
@@ -20,8 +20,9 @@ from itertools import zip_longest
 from pathlib import Path
 
 from engine.models import from_hub
+from engine.schema import check_comparison, check_reference, expect, get_text, rows_of
 from engine.settings import SettingError
-from tldr import DataError, check_comparison, check_reference, expect, get_text, rows_of
+from tldr import DataError
 
 
 # ---------------------------------------------------------------------------- other forms of a row

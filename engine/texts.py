@@ -1,9 +1,11 @@
 """Text to token ids, where tokenizers differ: what stands in front, at a seam, and at the end."""
 
+import bisect
 import re
 from functools import lru_cache
 
-from tldr import DataError, build_prompt, truncate_post
+import tldr
+from tldr import DataError, build_prompt
 
 
 @lru_cache(maxsize=8)
@@ -77,6 +79,33 @@ def decode_response(ids, tokenizer):
     ends = [i for i, token in enumerate(ids) if token in end_ids(tokenizer)]
     kept = ids[: ends[0]] if ends else ids
     return tokenizer.decode(kept, clean_up_tokenization_spaces=False).strip()
+
+
+# A longer text can have fewer tokens: "appl" may be two and "apple" one. So cuts this many
+# characters beyond the first text that is too long are tried as well: few tokens are longer, and
+# those few are runs of spaces or dashes.
+BEYOND = 64
+
+
+def truncate_post(text, fits):
+    """tldr.truncate_post, but only where it matters, near the end of what fits: fits is never asked
+    about many more than twice as many characters as fit, so a post of megabytes costs no more than
+    another one."""
+    if not fits(""):
+        return None
+    # Twice as many characters each time, until there are too many or all of them, ...
+    size = 1
+    while size < len(text) and fits(text[:size]):
+        size *= 2
+    # ... then bisection: the smallest number of characters that is too many.
+    too_many = bisect.bisect_left(range(min(size, len(text))), True, lo=size // 2,
+                                  key=lambda length: not fits(text[:length]))
+    kept = text[: too_many + BEYOND + 1]
+    if len(kept) == len(text):
+        return tldr.truncate_post(text, fits)
+    # First cut, then ask: the end of kept is no place where the paper would cut.
+    cut = kept[: kept.rindex("\n")] if "\n" in kept else kept[:-1]
+    return tldr.truncate_post(cut, fits)
 
 
 def encode_prompt(post, tokenizer, query_length, gap="\n\n"):
