@@ -13,12 +13,10 @@ import re
 
 import pytest
 import torch
-from transformers import (AutoModelForCausalLM, GPT2Config, GPTJConfig, GPTNeoXConfig, LlamaConfig,
-                          Qwen2Config)
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
 import lm
 
-torch.set_num_threads(1)
 
 # ---------------------------------------------------------------------------- tools for all tests
 
@@ -69,7 +67,7 @@ def outputs_and_gradients(function, arguments):
     leaves = {name: x.clone().requires_grad_() if x.is_floating_point() and name != "mask" else x
               for name, x in arguments.items()}
     outputs = function(**leaves)
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     uneven = sum((x * torch.arange(1.0, x.numel() + 1).view(x.shape)).sum() for x in outputs)
     gradients = [torch.zeros(())]
     if uneven.requires_grad:
@@ -90,25 +88,24 @@ def ignores_what_is_masked(function, **arguments):
     names = [name for name, x in arguments.items() if x.shape == off.shape and name != "mask"]
     for poisoned in [[name] for name in names] + [names]:
         for value in (math.nan, math.inf, -math.inf, 1e30):
-            arguments_now = {name: x.masked_fill(off, value) if name in poisoned else x
-                             for name, x in arguments.items()}
-            outputs, gradients = outputs_and_gradients(function, arguments_now)
+            outputs, gradients = outputs_and_gradients(function, {
+                name: x.masked_fill(off, value) if name in poisoned else x
+                for name, x in arguments.items()})
+            where = f"{value} in {' and '.join(poisoned)} where mask is 0 changed the "
             for x, y in zip(outputs, expected):
                 assert torch.equal(x, y), (
-                    f"{value} in {' and '.join(poisoned)} where mask is 0 changed the result: "
-                    "NaN * 0 is NaN, torch.where does not read what it drops")
+                    where + "result: NaN * 0 is NaN, torch.where does not read what it drops")
             for x, y in zip(gradients, expected_gradients):
-                assert torch.equal(x, y), (
-                    f"{value} in {' and '.join(poisoned)} where mask is 0 changed the gradient: "
-                    "put zeros there with torch.where before the first operation, not after the "
-                    "last")
+                assert torch.equal(x, y), where + (
+                    "gradient: put zeros there with torch.where before the first operation, not "
+                    "after the last")
 
 
 def same_for_all_mask_types(function, **arguments):
     outputs = [outputs_and_gradients(function, {**arguments, "mask": arguments["mask"].to(dtype)})
                for dtype in (torch.bool, torch.long, torch.int32, torch.float32, torch.float64)]
     for other in outputs[1:]:
-        for x, y in zip(outputs[0][0] + list(outputs[0][1]), other[0] + list(other[1])):
+        for x, y in zip((*outputs[0][0], *outputs[0][1]), (*other[0], *other[1])):
             assert torch.equal(x, y), "a bool, a long and a float mask give different results"
 
 
@@ -130,18 +127,13 @@ def some_masks(batch, width):
 
 
 COMMON = dict(vocab_size=40, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
-LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64)
-GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, attn_pdrop=0, resid_pdrop=0,
-            embd_pdrop=0)
-CONFIGS = {
-    "gpt2": lambda: GPT2Config(**COMMON, **GPT2),
-    "gpt_neox": lambda: GPTNeoXConfig(
-        **COMMON, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, hidden_dropout=0, attention_dropout=0),
-    "gptj": lambda: GPTJConfig(**COMMON, **GPT2, rotary_dim=4),
-    "llama": lambda: LlamaConfig(**COMMON, **LLAMA),
-    "qwen2": lambda: Qwen2Config(**COMMON, **LLAMA),
+SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             max_position_embeddings=64)
+CONFIGS = {  # positions that are learned; turned into the keys; and two heads for each key
+    "gpt2": lambda: GPT2Config(**COMMON, n_embd=32, n_layer=2, n_head=4, n_positions=64,
+                               attn_pdrop=0, resid_pdrop=0, embd_pdrop=0),
+    "gpt_neox": lambda: GPTNeoXConfig(**COMMON, **SIZES, hidden_dropout=0, attention_dropout=0),
+    "llama": lambda: LlamaConfig(**COMMON, **SIZES, num_key_value_heads=2),
 }
 every_architecture = pytest.mark.parametrize("architecture", CONFIGS)
 
@@ -247,11 +239,18 @@ def test_check_mask():
 def test_zero_off_reads_nothing_off_the_mask():
     mask = torch.tensor([True, False, False])
     x = t([2, math.nan, math.inf]).requires_grad_()
-    kept = lm.zero_off(mask, x)
+    kept = lm.zero_off(x, mask)
     assert kept.tolist() == [2, 0, 0], "NaN * 0 is NaN: torch.where, not a product"
     kept.square().sum().backward()
     assert x.grad.tolist() == [4, 0, 0]
-    assert lm.zero_off(mask, t([7, 8, 9]).float()).dtype == torch.float32
+    assert lm.zero_off(t([7, 8, 9]).float(), mask).dtype == torch.float32
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_check_finite_names_what_is_not(wrong):
+    lm.check_finite("KL", t([1e300, -1e300, 0]))
+    with pytest.raises(FloatingPointError, match="^KL is NaN or infinite$"):
+        lm.check_finite("KL", t([1, wrong, 3]))
 
 
 # ---------------------------------------------------------------------------- padding and masks
@@ -315,45 +314,30 @@ def test_response_mask_keeps_the_first_eos():
         "an EOS every token is an action; never made from ids != pad")
 
 
-def test_response_mask_ends_at_the_first_of_several_eos():
-    # a chat model ends with <|im_end|> (8) or with <|endoftext|> (9)
-    responses = torch.tensor([[5, 8, 0, 0], [5, 9, 0, 0], [5, 8, 9, 0], [9, 8, 6, 7], [5, 6, 7, 4]])
-    expected = [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
-    for several in ([8, 9], [9, 8], (8, 9), torch.tensor([8, 9])):
-        mask = lm.get_response_mask(responses, several)
-        assert mask.dtype == torch.bool and mask.shape == responses.shape
-        assert mask.long().tolist() == expected, "True up to and including the first of any of them"
-    assert torch.equal(lm.get_response_mask(responses, [9]), lm.get_response_mask(responses, 9))
-    assert lm.is_eos(responses[0], [8, 9]).tolist() == [False, True, False, False]
-    assert lm.is_eos(responses[0], 5).tolist() == [True, False, False, False]
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("eos", [3, [3], [1, 3]])
-def test_response_mask_against_a_loop(seed, eos):
-    draw = random.Random(seed)
-    rows = [[draw.randrange(4) for _ in range(6)] for _ in range(20)]
-    ends = {3} if eos == 3 else set(eos)
-    expected = [[not ends & set(row[:k]) for k in range(6)] for row in rows]
-    assert lm.get_response_mask(torch.tensor(rows), eos).tolist() == expected
+@pytest.mark.parametrize("eos", [3, [3], [1, 3], torch.tensor([3, 1])])  # several end it as well
+def test_response_mask_against_a_loop(eos):
+    draw = random.Random(0)
+    rows = [[draw.randrange(4) for _ in range(6)] for _ in range(60)]
+    ends = set(eos if isinstance(eos, list) else torch.as_tensor(eos).view(-1).tolist())
+    assert lm.get_response_mask(torch.tensor(rows), eos).tolist() == [
+        [not ends & set(row[:k]) for k in range(6)] for row in rows]
+    assert lm.is_eos(torch.tensor(rows), eos).tolist() == [[x in ends for x in row] for row in rows]
 
 
 # ---------------------------------------------------------------------------- log-probabilities
+
 
 LOGITS = [[2, 0, 0], [0, 1, 0], [0, 0, 3], [1, 1, 1]]  # rows predict token 1, 2, 3 and (unused) 4
 LABELS = [0, 1, 2, 1]
 # log(e^2 + 2) = 2.239545, so token 1 has 0 - 2.239545; log(e + 2) = 1.551445, so token 2 has
 # 0 - 1.551445; log(e^3 + 2) = 3.094923, so token 1 has 0 - 3.094923
-LOG_PROBS = [-2.239545, -1.551445, -3.094923]
 
 
 def test_log_probs_shift_by_one():
     log_probs = lm.get_log_probs(t([LOGITS]), torch.tensor([LABELS]))
-    close(log_probs, [LOG_PROBS], "logits at p predict token p + 1: drop the last row of logits "
-          "and the first label. -0.239545 in front means that logits p were read at label p", 1e-6)
-    close(log_probs[:, 1:], [[-1.551445, -3.094923]], "the response of a query of 2 is [Q-1:]")
-    close(-log_probs[:, 1:].mean(), 2.323184, "the SFT loss over the response only")
-    close(-log_probs.mean(), 2.295304, "the SFT loss over all tokens")
+    close(log_probs, [[-2.239545, -1.551445, -3.094923]], "logits at p predict token p + 1: drop "
+          "the last row of logits and the first label. -0.239545 in front means that logits p were "
+          "read at label p", 1e-6)
 
 
 def test_log_probs_divide_the_logits_by_the_temperature():
@@ -421,6 +405,14 @@ def test_log_probs_against_a_loop(seed):
 # ---------------------------------------------------------------------------- sampling, by table
 
 
+def test_every_use_of_randomness_has_a_stream_of_its_own():
+    before = torch.get_rng_state()
+    draws = [torch.rand((), generator=lm.generator_for(*names)).item() for names in
+             [(0, "ppo", 1), (0, "ppo", 1), (0, "ppo", 2), (1, "ppo", 1), (0, "reward", 1), (0,)]]
+    assert draws[0] == draws[1] and len(set(draws)) == 5
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def surely(successors):
     """Logits of a model that surely puts successors[token] after token."""
     return [[30. if token == after else 0. for token in range(len(successors))]
@@ -434,49 +426,31 @@ def start(tokens):
     return ids, torch.tensor([[0, 0, 1]] * len(tokens))
 
 
-def count_down(tokens, max_new_tokens, pad_token_id, temperature=0.):
-    """Every token is followed by the one below; EOS = 1."""
-    model = table_model(surely([0, 0, 1, 2, 3, 4, 5, 6]))
-    return lm.sample(model, *start(tokens), max_new_tokens, eos_token_id=1,
-                     pad_token_id=pad_token_id, temperature=temperature)
-
-
 @pytest.mark.parametrize("temperature", [0., 1.])
-def test_sample_pads_after_eos_and_is_as_wide_as_the_longest(temperature):
-    responses = count_down([3, 5, 2, 4], 9, 7, temperature)
+@pytest.mark.parametrize("tokens, most, pad_id, expected", [
+    ([3, 5, 2, 4], 9, 7, [[2, 1, 7, 7], [4, 3, 2, 1], [1, 7, 7, 7], [3, 2, 1, 7]]),
+    ([3, 6, 2], 2, 7, [[2, 1], [5, 4], [1, 7]]), ([3, 6, 2], 1, 7, [[2], [5], [1]]),
+    ([6], 5, 7, [[5, 4, 3, 2, 1]]),  # EOS as the very last token
+    ([2, 2], 5, 7, [[1], [1]]),  # all rows end at once
+    ([3, 5], 9, 1, [[2, 1, 1, 1], [4, 3, 2, 1]]),  # padding = EOS
+])
+def test_sample_pads_after_eos_and_is_as_wide_as_the_longest(
+        tokens, most, pad_id, expected, temperature):
+    model = table_model(surely([0, 0, 1, 2, 3, 4, 5, 6]))  # each is followed by the one below
+    responses = lm.sample(model, *start(tokens), most, eos_token_id=1, pad_token_id=pad_id,
+                          temperature=temperature)
     assert responses.dtype == torch.long
-    assert responses.tolist() == [[2, 1, 7, 7], [4, 3, 2, 1], [1, 7, 7, 7], [3, 2, 1, 7]], (
-        "the width is that of the longest response, after EOS comes pad_token_id, and a row that "
-        "ended must not shift the others")
+    assert responses.tolist() == expected, (
+        "the width is that of the longest response, max_new_tokens at most, after EOS comes "
+        "pad_token_id, and a row that ended must not shift the others")
 
 
-def test_sample_stops_at_max_new_tokens():
-    assert count_down([3, 6, 2], 2, 7).tolist() == [[2, 1], [5, 4], [1, 7]]
-    assert count_down([3, 6, 2], 1, 7).tolist() == [[2], [5], [1]]
-    assert count_down([6], 5, 7).tolist() == [[5, 4, 3, 2, 1]], "EOS as the very last token"
-    assert count_down([2, 2], 5, 7).tolist() == [[1], [1]], "all rows end at once"
-
-
-def test_sample_with_padding_equal_to_eos():
-    assert count_down([3, 5], 9, 1).tolist() == [[2, 1, 1, 1], [4, 3, 2, 1]]
-
-
-def test_a_padding_id_drawn_before_eos_is_an_ordinary_token():
+@pytest.mark.parametrize("eos, expected", [
+    (1, [[4, 0, 2, 3, 1], [3, 1, 0, 0, 0]]), ([1, 4], [[4, 0], [3, 1]])])
+def test_a_padding_id_drawn_before_eos_is_an_ordinary_token(eos, expected):
     model = table_model(surely([2, 1, 3, 1, 0, 4]))  # 5 -> 4 -> 0 -> 2 -> 3 -> 1 = EOS
-    responses = lm.sample(model, *start([5, 2]), 9, eos_token_id=1, pad_token_id=0, temperature=0)
-    assert responses.tolist() == [[4, 0, 2, 3, 1], [3, 1, 0, 0, 0]], "only EOS ends a response"
-
-
-def test_sample_stops_at_any_of_several_eos():
-    """Every token is followed by the one below; EOS = 1 and 4, of which the greater comes first."""
-    model = table_model(surely([0, 0, 1, 2, 3, 4, 5, 6]))
-    responses = lm.sample(model, *start([3, 7, 5, 6]), 9, eos_token_id=[1, 4], pad_token_id=0,
-                          temperature=0)
-    assert responses.tolist() == [[2, 1, 0], [6, 5, 4], [4, 0, 0], [5, 4, 0]], (
-        "a response ends at the first EOS of any kind, and goes on after no other token")
-    again = lm.sample(model, *start([3, 7, 5, 6]), 9, eos_token_id=torch.tensor([4, 1]),
-                      pad_token_id=4, temperature=0)
-    assert again.tolist() == [[2, 1, 4], [6, 5, 4], [4, 4, 4], [5, 4, 4]], "padding = one of them"
+    responses = lm.sample(model, *start([5, 2]), 9, eos_token_id=eos, pad_token_id=0, temperature=0)
+    assert responses.tolist() == expected, "only EOS ends a response, each one where there are two"
 
 
 def test_sample_refuses_unequal_shapes():
@@ -486,6 +460,23 @@ def test_sample_refuses_unequal_shapes():
             lm.sample(table_model(surely([0, 0])), ids, wrong, 2, eos_token_id=1, pad_token_id=1)
         assert all(word in str(error.value) for word in (
             "input_ids (2, 3)", f"attention_mask {tuple(wrong.shape)}")), error.value
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -.5}, {"top_p": 0.}, {"top_p": 1.5},
+                                   {"max_new_tokens": 0}])
+def test_sample_refuses_settings_without_a_meaning(wrong):
+    settings = {"max_new_tokens": 2, "temperature": 1., "top_p": 1., **wrong}
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        lm.sample(table_model(surely([0, 0])), *start([0]), eos_token_id=1, pad_token_id=1,
+                  **settings)
+
+
+def test_a_token_is_not_drawn_from_nan():
+    impossible = t([[0, -math.inf]]), 1., 1., None
+    assert lm.next_token(*impossible).tolist() == [0], "a token of probability 0 is no error"
+    for temperature in (0., 1.):
+        with pytest.raises(FloatingPointError, match="logit"):
+            lm.next_token(t([[0, 1], [math.nan, 0]]), temperature, 1., None)
 
 
 # A four-token distribution in an order that is not sorted; token 4 = EOS has no mass worth noting
@@ -513,26 +504,32 @@ def fits(counts, expected, hint):
     assert chi_square.sum() < 21.1, f"{hint}: {(counts / n).tolist()}, not {expected.tolist()}"
 
 
-@pytest.mark.parametrize("steps", [1, 4])
-def test_sample_draws_from_the_softmax(steps):
-    fits(frequencies(steps=steps), PROBS, "no top_k, no penalty, every token at its probability")
-
-
-def test_sample_divides_the_logits_by_the_temperature():
+ROOTS = [math.sqrt(p) for p in PROBS]  # [.387298, .707107, .316228, .5], together 1.910633
+KEPT = math.sqrt(.15) + math.sqrt(.5) + math.sqrt(.25)
+DRAWS = [
+    ({}, PROBS, "no top_k, no penalty, every token at its probability"),
+    ({"steps": 4}, PROBS, "no top_k, no penalty, and so at the fourth token"),
     # p^(1/.5) = [.0225, .25, .01, .0625] / .345
-    fits(frequencies(temperature=.5), [.0225 / .345, .25 / .345, .01 / .345, .0625 / .345],
-         "temperature .5 squares the probabilities")
-    # p^(1/2) = [.387298, .707107, .316228, .5] / 1.910633
-    roots = [math.sqrt(p) for p in PROBS]
-    fits(frequencies(temperature=2.), [x / sum(roots) for x in roots], "temperature 2: roots")
+    ({"temperature": .5}, [.0225 / .345, .25 / .345, .01 / .345, .0625 / .345],
+     "temperature .5 squares the probabilities"),
+    ({"temperature": 2.}, [x / sum(ROOTS) for x in ROOTS], "temperature 2: roots"),
+    ({"temperature": 0.}, [0, 1, 0, 0], "temperature 0 is greedy"),
+    ({"top_p": .45}, [0, 1, 0, 0], ".5 alone crosses .45; without it nothing is left"),
+    ({"top_p": .6}, [0, 2 / 3, 0, 1 / 3], ".5, then .25 crosses .6; renormalised"),
+    ({"top_p": .8}, [.15 / .9, .5 / .9, 0, .25 / .9], ".5 + .25 + .15 crosses .8"),
+    ({"top_p": .95}, PROBS, "all four are needed to reach .95"),
+    ({"top_p": 1e-6}, [0, 1, 0, 0], "the most likely token is always kept"),
+    # squared and renormalised the largest is .25 / .345 = .7246: it alone reaches .7
+    ({"top_p": .7, "temperature": .5}, [0, 1, 0, 0], "top_p of softmax(logits / T)"),
+    # the roots are [.2027, .3701, .1655, .2617]: .3701 + .2617 = .6318 misses .75, + .2027 crosses
+    ({"top_p": .75 - 1e-3, "temperature": 2.},
+     [ROOTS[0] / KEPT, ROOTS[1] / KEPT, 0, ROOTS[3] / KEPT], "top_p of softmax(logits / T)"),
+]
 
 
-def test_top_p_keeps_the_token_that_crosses_it():
-    fits(frequencies(top_p=.45), [0, 1, 0, 0], ".5 alone crosses .45; without it nothing is left")
-    fits(frequencies(top_p=.6), [0, 2 / 3, 0, 1 / 3], ".5, then .25 crosses .6; renormalised")
-    fits(frequencies(top_p=.8), [.15 / .9, .5 / .9, 0, .25 / .9], ".5 + .25 + .15 crosses .8")
-    fits(frequencies(top_p=.95), PROBS, "all four are needed to reach .95")
-    fits(frequencies(top_p=1e-6), [0, 1, 0, 0], "the most likely token is always kept")
+@pytest.mark.parametrize("settings, expected, hint", DRAWS)
+def test_sample_draws_from_the_softmax(settings, expected, hint):
+    fits(frequencies(**settings), expected, hint)
 
 
 def test_top_p_keeps_no_token_after_the_one_that_reaches_it():
@@ -547,20 +544,6 @@ def test_sample_draws_unlikely_tokens_too():
     drawn = lm.next_token(logits, 1., 1., torch.Generator().manual_seed(0))
     share = (drawn < 100).double().mean().item()
     assert abs(share - .1192) < .02, f"{share}: no top-k, the log-probs are those of all tokens"
-
-
-def test_temperature_comes_before_top_p():
-    # squared and renormalised the largest is .25 / .345 = .7246: it alone reaches .7
-    fits(frequencies(top_p=.7, temperature=.5), [0, 1, 0, 0], "top_p of softmax(logits / T)")
-    # the roots are [.2027, .3701, .1655, .2617]: .3701 + .2617 = .6318 misses .75, + .2027 crosses
-    total = sum(math.sqrt(p) for p in (.15, .5, .25))
-    fits(frequencies(top_p=.75 - 1e-3, temperature=2.),
-         [math.sqrt(.15) / total, math.sqrt(.5) / total, 0, math.sqrt(.25) / total],
-         "top_p of softmax(logits / T)")
-
-
-def test_temperature_zero_takes_the_most_likely():
-    fits(frequencies(temperature=0.), [0, 1, 0, 0], "temperature 0 is greedy")
 
 
 def test_sample_draws_from_its_generator_only():
@@ -583,32 +566,19 @@ def test_sample_without_a_generator_obeys_manual_seed():
     assert draw(0) == draw(0) != draw(1)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -.5}, {"top_p": 0.}, {"top_p": 1.5},
-                                   {"max_new_tokens": 0}])
-def test_sample_refuses_settings_without_a_meaning(wrong):
-    settings = {"max_new_tokens": 2, "temperature": 1., "top_p": 1., **wrong}
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        lm.sample(table_model(surely([0, 0])), *start([0]), eos_token_id=1, pad_token_id=1,
-                  **settings)
-
-
 # ---------------------------------------------------------------------------- on real models
-
-
-def greedy_without_cache(model, query, max_new_tokens, eos_token_id):
-    """The most likely token, again and again: one row, no padding, no cache."""
-    ids = list(query)
-    while len(ids) < len(query) + max_new_tokens and ids[len(query):][-1:] != [eos_token_id]:
-        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(query):]
 
 
 @functools.cache
 def greedy_responses(architecture):
-    """What each query alone is continued with for 7 tokens, and an EOS that ends some of them."""
-    model = tiny_language_model(architecture)
-    with torch.no_grad():
-        free = [greedy_without_cache(model, query, 7, -1) for query in QUERIES]
+    """What each query alone is continued with: 7 times the most likely token, one row, no padding,
+    no cache. And an EOS that ends some of these rows, and the rows that it ends."""
+    model, free = tiny_language_model(architecture), []
+    for query in QUERIES:
+        ids = list(query)
+        for _ in range(7):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        free.append(ids[-7:])
     for eos in range(40):  # one that cuts a row in the middle while another one goes on
         ends = [row.index(eos) if eos in row else None for row in free]
         if None in ends and any(end is not None and 0 < end < 5 for end in ends):
@@ -643,11 +613,9 @@ def test_the_padding_id_may_be_any_token(architecture):
 def test_sample_leaves_its_inputs_and_the_model_alone(architecture):
     model = tiny_language_model(architecture)
     ids, mask, _, _ = padded(QUERIES, [[]] * 4)
-    before = ids.clone(), mask.clone()
-    state = {name: x.clone() for name, x in model.state_dict().items()}
+    before = [x.clone() for x in (ids, mask, *model.state_dict().values())]
     lm.sample(model, ids, mask, 4, eos_token_id=2, pad_token_id=0)
-    assert torch.equal(ids, before[0]) and torch.equal(mask, before[1])
-    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert all(map(torch.equal, (ids, mask, *model.state_dict().values()), before))
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -679,19 +647,6 @@ def test_response_log_probs_do_not_see_the_padding(architecture, left, right, pa
 
 
 @every_architecture
-def test_response_log_probs_are_a_slice_of_all_log_probs(architecture):
-    model = tiny_language_model(architecture)
-    ids, mask, query_width, width = padded(QUERIES, RESPONSES, 1, 1)
-    with torch.no_grad():
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        expected = lm.get_log_probs(logits, ids, .7)[:, query_width - 1:]
-        actual = lm.response_log_probs(model, ids, mask, width, .7)
-    real = mask[:, query_width:].bool()
-    close(actual[real], expected[real], "token t of the response is predicted at Q + t - 1", 1e-5)
-
-
-@every_architecture
 @torch.no_grad()
 def test_response_log_probs_do_not_see_padding_in_the_middle(architecture):
     # transformers guesses a missing attention mask from the position ids, but not in this case
@@ -713,62 +668,55 @@ def test_response_log_probs_carry_the_gradient():
 
 
 class Letters:
-    """A tokenizer with a token for each letter; EOS = 1 is written <e>."""
+    """A token for each letter. The first pads; the second is EOS, written <e> (so a text may type
+    it); the last stands in front of a text where it is not asked to leave that."""
 
-    eos_token_id = 1
+    letters = "_$ abcde<>\n^"
+    pad_token_id, eos_token_id = 0, 1
 
-    def __call__(self, texts, add_special_tokens=True, split_special_tokens=False, verbose=True):
+    def __call__(self, texts, add_special_tokens=True, split_special_tokens=False):
         rows = [list(text) if split_special_tokens else re.findall("<e>|.", text) for text in texts]
-        return {"input_ids": [[0] * add_special_tokens
-                              + [1 if piece == "<e>" else ord(piece) for piece in row]
-                              for row in rows]}
+        return {"input_ids": [[11] * add_special_tokens + [
+            1 if piece == "<e>" else self.letters.index(piece) for piece in row] for row in rows]}
 
-    def decode(self, ids, clean_up_tokenization_spaces):
-        return "".join("<e>" if token == 1 else chr(token) for token in ids)
-
-
-def test_encode_responses():
-    space, a, b = map(ord, " ab")
-    assert lm.encode_responses(["ab", "b"], Letters(), 9) == [[space, a, b, 1], [space, b, 1]], (
-        "a leading space, as in a text; EOS at the end, or the model never learns to stop")
-    assert lm.encode_responses(["ab", "b"], Letters(), 4) == [[space, a, b, 1], [space, b, 1]], (
-        "both fit")
-    assert lm.encode_responses(["ab", "b"], Letters(), 3) == [[space, a, b], [space, b, 1]], (
-        "a summary that is cut has no EOS: it did not end")
-    assert lm.encode_responses([""], Letters(), 9) == [[space, 1]]
-    assert lm.encode_responses([], Letters(), 9) == []
-    assert lm.encode_responses(["a", "<e>"], Letters(), 9)[1] == [space, *map(ord, "<e>"), 1], (
-        "a typed control token is text")
+    def decode(self, ids, clean_up_tokenization_spaces=True):
+        text = "".join(self.letters[i] for i in ids)
+        return text.replace(" b", "b") if clean_up_tokenization_spaces else text
 
 
-def test_decode_response():
-    assert lm.decode_response([*map(ord, " a b "), 1, ord("c"), 1], Letters()) == "a b", (
-        "up to the first EOS, without outer white space")
-    assert lm.decode_response(list(map(ord, " ab")), Letters()) == "ab", "no EOS: everything"
-    assert lm.decode_response([1, ord("c")], Letters()) == ""
+@pytest.mark.parametrize("texts, limit, expected, hint", [
+    (["ab", "b"], 9, [[2, 3, 4, 1], [2, 4, 1]], "a leading space, as in a text, and EOS at the end"),
+    (["ab", "b"], 4, [[2, 3, 4, 1], [2, 4, 1]], "both fit"),
+    (["ab", "b"], 3, [[2, 3, 4], [2, 4, 1]], "a summary that is cut has no EOS: it did not end"),
+    ([""], 9, [[2, 1]], "a leading space and EOS"), ([], 9, [], "nothing"),
+    (["a", "<e>"], 9, [[2, 3, 1], [2, 8, 7, 9, 1]], "a typed control token is text"),
+])
+def test_encode_responses(texts, limit, expected, hint):
+    assert lm.encode_responses(texts, Letters(), limit) == expected, hint
 
 
-@pytest.mark.parametrize("batch_size", [0, 1, 2, 3, 5, 99])
-@pytest.mark.parametrize("k", [1, 2])
-def test_sample_responses_keeps_the_order_of_the_queries(batch_size, k, monkeypatch):
-    model, tokenizer = table_model(surely([0, 0, 1, 2, 3, 4, 5, 6])), Letters()
-    tokenizer.pad_token_id, sampled = 7, []
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 99])
+def test_write_summaries(batch_size):
+    # What follows each token: c -> a -> space -> b -> \n -> EOS, d -> e -> d, > -> <, and e an EOS
+    model = table_model(surely([1, 7, 4, 2, 10, 3, 7, 6, 1, 8, 1, 1]))
+    queries = [[5, 5, 5], [6], [4, 3], [8], [3, 3, 3, 3, 3, 2], [9]]
+    texts = lm.write_summaries(model, Letters(), queries, 6, 0., batch_size=batch_size)
+    assert texts == ["a b", "ededed", "b", "", "b", "<"], (
+        "a text for each query, in its order: up to the first EOS, without outer white space, whole "
+        "where it never ended")
 
-    def watched(model, ids, mask, *rest, **settings):
-        sampled.append(mask.sum(1).tolist())
-        return sample(model, ids, mask, *rest, **settings)
 
-    sample = lm.sample
-    monkeypatch.setattr(lm, "sample", watched)
-    queries = [[6, 7, 4], [5], [6, 3], [7, 7, 7, 2], [6]]
-    responses = lm.sample_responses(model, tokenizer, queries, 4, 0, batch_size=batch_size, k=k)
-    # each token is followed by the one below, EOS = 1 is kept, the padding after it dropped
-    expected = [[3, 2, 1], [4, 3, 2, 1], [2, 1], [1], [5, 4, 3, 2]]
-    assert responses == [response for response in expected for _ in range(k)]
-    n = max(1, batch_size // k) if batch_size else 5  # queries at a time
-    lengths = [3, 1, 2, 4, 1] if n >= 5 else [1, 1, 2, 3, 4]
-    assert sampled == [lengths[i : i + n] for i in range(0, 5, n)], (
-        "rows at a time, k of them a query; all at once as given, else similar lengths together")
+def test_summaries_are_drawn_from_the_given_generator_and_do_not_see_each_other():
+    before, even = torch.get_rng_state(), table_model([[0.] * 12] * 12)
+    drawn = [lm.write_summaries(even, Letters(), [[5]] * 9, 6, 1., lm.generator_for(seed), 4)
+             for seed in (3, 3, 4)]
+    assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 5, "one seed, one result"
+    assert torch.equal(torch.get_rng_state(), before), "the global random state was moved"
+    config = CONFIGS["gpt2"]()
+    config.vocab_size = 12
+    alone, batch = (lm.write_summaries(build(config), Letters(), [[5, 6, 7, 8, 9], [10], [3, 4]], 6, 0., None, size)
+                    for size in (1, 99))
+    assert alone == batch and len(set(alone)) > 1, "queries are padded on the left, and masked"
 
 
 # ---------------------------------------------------------------------------- schedules
