@@ -1,9 +1,9 @@
 """Realistic bugs, each in one place of one of our files: all of them run, and all are wrong.
 
-`pytest -m bugs` plants each one and sees the fast tests fail with a message that points at the
-cause; `python exercises/start.py --bug` plants one for a student to find. The number of a bug is
-its place in BUGS; the order is that of the paper. "notebook" marks what the notebook did that this
-repository began as (see the README).
+`pytest -m bugs exercises/tests` plants each one and sees the fast tests fail with a message that
+points at the cause; `python exercises/start.py --bug` plants one of the root files for a student to
+find. The number of a bug is its place in BUGS; the order is that of the paper. "notebook" marks
+what the notebook did that this repository began as.
 """
 
 from collections import namedtuple
@@ -29,17 +29,17 @@ BUGS = [
     Bug("typed control tokens end a text", "lm.py",
         ", split_special_tokens=True)", ")", "typed",
         "a summary that quotes <|endoftext|> ends there", "B.2"),
-    Bug("chosen and rejected are exchanged when the rows are read", "engine/rows.py",
+    Bug("chosen and rejected are exchanged when the rows are read", "engine/schema.py",
         '"chosen": texts[choice], "rejected": texts[1 - choice]',
         '"chosen": texts[1 - choice], "rejected": texts[choice]', "which_summary_was_chosen",
         "accuracy is far above one half, and PPO makes the summaries worse", "3.3"),
-    Bug("any label that equals 0 or 1 passes", "engine/rows.py",
+    Bug("any label that equals 0 or 1 passes", "engine/schema.py",
         "type(choice) is int and choice in (0, 1)", "choice in (0, 1)",
         "test_bad_comparison", "a file with true and false as labels trains without a word", "3.3"),
-    Bug("pairs of identical summaries are kept", "engine/rows.py",
+    Bug("pairs of identical summaries are kept", "engine/schema.py",
         "if texts[0] == texts[1]:", "if False:", "left_out|identical",
         "the loss has a floor: such a pair costs log 2 for ever", "3.3"),
-    Bug("news are taken for posts (notebook)", "engine/rows.py",
+    Bug("news are taken for posts (notebook)", "engine/schema.py",
         'if "cnndm" in str(row.get("batch"))', 'if "cnn/dm" in str(row.get("batch"))',
         "left_out|cnndm|CNN", "a run on the validation rows stops, or judges news", "4.2"),
     Bug("rows are divided, not posts (notebook)", "engine/data.py",
@@ -173,8 +173,8 @@ BUGS = [
         "over_response_tokens|does not use masked_mean", "the loss falls with padding", "3.4"),
     # ------------------------------------------------------------------------ optimisation
     Bug("gradients are never cleared (notebook)", "sft.py",
-        "        optimizer.zero_grad()\n", "", "old gradients", "training starts well and then runs "
-        "away", "B.1"),
+        "        optimizer.zero_grad()\n", "", "old gradients",
+        "training starts well and then runs away", "B.1"),
     Bug("only the first group gets the learning rate", "engine/batches.py",
         'for group in optimizer.param_groups:\n        group["lr"] = lr',
         'optimizer.param_groups[0]["lr"] = lr', "every group",
@@ -234,7 +234,8 @@ BUGS = [
         "scores[start : start + len(rows)] = reward_model.score(", "own place|which score",
         "rewards go to the wrong summaries", "3.4"),
     Bug("scores are not normalised (notebook)", "reward.py",
-        "self.head(hidden).squeeze(-1) - self.reference_mean", "self.head(hidden).squeeze(-1)", "mean 0|reference_mean",
+        "return self.head(hidden).squeeze(-1) - self.reference_mean",
+        "return self.head(hidden).squeeze(-1)", "mean 0|reference_mean",
         "references score anything but 0, so the -1 without EOS can be a reward", "3.4"),
     Bug("normalising twice undoes it", "reward.py",
         "reward_model.reference_mean += scores.mean()", "reward_model.reference_mean.zero_().add_("

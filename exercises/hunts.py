@@ -23,7 +23,7 @@ from bugs import BUGS, plant
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 REFEREE = [f"tests/test_{name}.py" for name in
-           ("tldr", "toy", "lm", "batches", "reward", "ppo", "judge", "loop")]
+           ("tldr", "toy", "lm", "reward", "ppo", "judge", "loop")]
 
 
 def read(path):
@@ -35,9 +35,9 @@ def write(path, lines):
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def copy_project(folder):
-    """Copy the project's own files, those of engine/ too, so that the folder runs by itself."""
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("engine/*.py")):
+def copy_project(folder, engine=False):
+    """Copy the project's root files, which run by themselves; engine: those of engine/ as well."""
+    for path in (*ROOT.glob("*.py"), *(ROOT.glob("engine/*.py") if engine else ())):
         copied = folder / path.relative_to(ROOT)
         copied.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copied)
@@ -88,22 +88,30 @@ def run_baseline(folder):
     shutil.rmtree(folder / "clean")
 
 
+def in_a_folder(bug):
+    """Is the bug in a file that a made folder has? Those of engine/ are for `pytest -m bugs`."""
+    return not bug.file.startswith("engine/")
+
+
 def choose_bug(text, seed, level=None):
     """A bug, by its number or at random: of this level, and without one of level 1 or 2."""
     if text == "random":
         measured = json.loads((HERE / "levels.json").read_text(encoding="utf-8"))
         wanted = [level] if level else [1, 2]
-        return random.Random(seed).choice(
-            [bug for bug in BUGS if measured.get(bug.name, 3) in wanted])
-    if text.isdecimal() and int(text) < len(BUGS):
-        return BUGS[int(text)]
-    raise SystemExit(f"start: --bug {text}: expected 0 .. {len(BUGS) - 1}, or random")
+        return random.Random(seed).choice([bug for bug in BUGS if in_a_folder(bug)
+                                           and measured.get(bug.name, 3) in wanted])
+    if not (text.isdecimal() and int(text) < len(BUGS)):
+        raise SystemExit(f"start: --bug {text}: expected 0 .. {len(BUGS) - 1}, or random")
+    if not in_a_folder(BUGS[int(text)]):
+        raise SystemExit(f"start: --bug {text} is one of engine/, which a made folder does not "
+                         "have: choose another")
+    return BUGS[int(text)]
 
 
 def passes(folder, tests, cwd):
     """Do all of these tests pass on the files of folder? Nothing else is said."""
     command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider",
-               "-m", "not slow and not bugs", "-o", f'pythonpath="{folder}"', *tests]
+               "-m", "not slow and not bugs and not layout", "-o", f'pythonpath="{folder}"', *tests]
     one_core = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, cwd=cwd, env=one_core, capture_output=True, timeout=900)

@@ -1,4 +1,5 @@
-"""How hard is each bug to see? Runs every one, and writes levels.json: {name of the bug: level}.
+"""How hard is each bug to see? Runs every one of the root files, and writes levels.json: {name of
+the bug: level}.
 
     OMP_NUM_THREADS=1 python exercises/levels.py          # those that levels.json lacks
     OMP_NUM_THREADS=1 python exercises/levels.py --all    # about ten minutes on one free core
@@ -23,7 +24,7 @@ import traceback
 from pathlib import Path
 
 from bugs import BUGS, plant
-from hunts import HERE, copy_project
+from hunts import HERE, copy_project, in_a_folder
 
 EXAMPLES = ("lm.py", "reward.py", "ppo.py", "judge.py", "sft.py", "tldr.py")
 SECONDS = re.compile(r'[\d.]+ ?(s|min|MB|GB|GiB|it/s)\b')
@@ -93,14 +94,14 @@ def first_difference(ours, theirs):
 def main():
     path = HERE / "levels.json"
     levels = {} if "--all" in sys.argv else json.loads(path.read_text(encoding="utf-8"))
-    levels = {bug.name: levels[bug.name] for bug in BUGS if bug.name in levels}
+    bugs = [bug for bug in BUGS if in_a_folder(bug)]
+    levels = {bug.name: levels[bug.name] for bug in bugs if bug.name in levels}
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "datasets",
-                                     "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
     clean = seen(context, None)
     if clean != seen(context, None):
         raise SystemExit("levels: two runs without a bug differ, so nothing can be measured")
-    for bug in BUGS:
+    for bug in bugs:
         if bug.name not in levels:
             now = seen(context, bug)
             differences = [first_difference(clean[i], now[i]) for i in range(2)]

@@ -7,7 +7,7 @@
     python exercises/start.py hunt --bug random --seed 3     # no blank, but one planted bug
 
 See exercises/README.md; check.py marks what comes back. Nothing is kept twice: the solutions are
-the files one folder up.
+the files one folder up, and the numbers in a folder's README are those of the map, docs/map.md.
 """
 
 import argparse
@@ -23,6 +23,9 @@ import hunts
 from hard import DOCSTRINGS
 from hunts import HERE, ROOT, copy_project, read, write
 
+sys.path.append(str(ROOT / "docs"))
+from equations import MAP  # noqa: E402
+
 # In the paper's order: file, function, what it is
 EXERCISES = [("lm.py", "get_log_probs", "log-probs of the tokens, shifted by one"),
              ("lm.py", "get_response_mask", "which tokens of a response are actions"),
@@ -37,7 +40,7 @@ EXERCISES = [("lm.py", "get_log_probs", "log-probs of the tokens, shifted by one
              ("judge.py", "judge_pairwise", "both orders of every pair"),
              ("judge.py", "wilson_interval", "the interval of a win rate")]
 NUMBERS = range(1, len(EXERCISES) + 1)
-# What the README's map has no row of: section, equation, numbers
+# What the map has no row of: section, equation, numbers
 PENCIL = {4: ("3.4", "the last real token of each row", "mask 0 0 1 1 1 0 → index 4"),
           11: ("4.1", "asked in both orders: 1, ½ or 0", "A and then B → 1, A and A → ½"),
           12: ("4.1", "(share − p)² = z² p (1 − p) / n", "60 of 90: 0.564 – 0.755")}
@@ -91,22 +94,20 @@ def without_example(source):
 
 
 def requirements():
-    """What pip has to install for a made folder: the project's dependencies, and pytest."""
+    """What pip has to install for a made folder: the project's dependencies without `datasets`,
+    which reads the data of real runs, and pytest."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    needed = re.search(r"^dependencies = (\[.*?\])", text, re.M | re.S)[1]
-    return [*ast.literal_eval(needed), "pytest", ""]
+    needed = ast.literal_eval(re.search(r"^dependencies = (\[.*?\])", text, re.M | re.S)[1])
+    return [*(name for name in needed if not name.startswith("datasets")), "pytest", ""]
 
 
 def pencil_rows(numbers, hard):
-    """A row of the made README for each exercise: from the README's map, or from PENCIL."""
-    rows = [line for line in read(ROOT / "README.md") if line.startswith("| ")]
+    """A row of the made README for each exercise: from the paper's map, or from PENCIL."""
+    rows = {name: (row["paper"], row["equation"], row["pencil"])
+            for row in MAP for name in row["functions"]}
     for number in numbers:
         file, name, _ = EXERCISES[number - 1]
-        found = [row for row in rows if f"`{file[:-3]}.{name}`" in row and "`test_" in row]
-        if number in PENCIL:
-            section, equation, pencil = PENCIL[number]
-        else:
-            _, section, equation, _, _, pencil, _ = re.split(r"(?<!\\) ?\| ?", found[0])
+        section, equation, pencil = PENCIL.get(number) or rows[f"{file[:-3]}.{name}"]
         pencil = pencil.replace("R as above", "R = (−.01, .025, 1.975)")
         equation = "–" if hard else equation
         yield f"| {number} | `{file}`, `{name}` | {section} | {equation} | {pencil} |"

@@ -26,7 +26,7 @@ def pytest_pycollect_makemodule(module_path):
             raise pytest.Collector.CollectError(
                 f"{path.name}, line {error.lineno}: {error.msg}: `{line}`") from None
     ours = {".".join(path.relative_to(HERE).with_suffix("").parts) for path in HERE.rglob("*.py")}
-    for name in (ours | {"engine"}) - {"conftest"}:
+    for name in ours - {"conftest"}:
         file = getattr(sys.modules.get(name), "__file__", None)
         if name in sys.modules and HERE not in Path(file or "").resolve().parents:
             del sys.modules[name]
