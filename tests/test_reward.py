@@ -4,7 +4,6 @@ The loss is checked by hand; the model on tiny random trunks of the real archite
 trunk whose score is a table of the last token.
 """
 
-import copy
 import math
 import random
 
@@ -29,11 +28,7 @@ def test_preference_loss():
     close(preference_loss(t([1]), t([0])), .313262, "1.313262 means that the two are swapped")
     close(preference_loss(t([0]), t([1])), 1.313262, "0.313262 means that the two are swapped")
     close(preference_loss(t([3]), t([3])), math.log(2), "equal scores cost log 2")
-
-
-def test_preference_loss_sees_differences_only():
     close(preference_loss(t(CHOSEN) + 7, t(REJECTED) + 7), .660162, "scores have no zero")
-    close(preference_loss(t(CHOSEN * 3), t(REJECTED * 3)), .660162, "a mean, not a sum")
 
 
 def test_preference_loss_gradient():
@@ -65,14 +60,6 @@ def test_preference_loss_contract():
     with pytest.raises(ValueError, match="chosen.*rejected"):  # the mean of nothing is NaN
         preference_loss(chosen[:0], rejected[:0])
     keeps_types_and_inputs(preference_loss, "chosen", "rejected", chosen=chosen, rejected=rejected)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_preference_loss_against_a_loop(seed):
-    draw = random.Random(seed)
-    chosen, rejected = ([draw.gauss(0, 2) for _ in range(7)] for _ in range(2))
-    expected = sum(math.log(1 + math.exp(b - a)) for a, b in zip(chosen, rejected)) / 7
-    close(preference_loss(t(chosen), t(rejected)), expected, "loop oracle", 1e-12)
 
 
 def test_preference_accuracy_takes_no_tie():
@@ -111,43 +98,13 @@ def test_the_score_stands_at_the_last_real_token():
     close(model(ids, mask)[:, 3], [6, 6, 6, 4], "forward scores every position", 1e-4)
     close(model.score(ids, mask), [-9, -9, 2, 3], "score at the last real token: -7 is a padding "
           "token's, 3 or 5 the first token's; no mean, no maximum, no sum over tokens", 1e-4)
-
-
-@torch.no_grad()
-def test_the_score_is_read_at_eos_when_padding_is_eos():
+    # padding = EOS; and an EOS within the query, which does not end the summary
     ids = torch.tensor([[9, 9, 5, 6, 7, 9, 9, 9], [5, 6, 7, 8, 9, 5, 6, 3]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0], [1] * 8])
-    scores = table_reward(BY_TOKEN).score(ids, mask)
-    close(scores, [-9, 3], "an EOS within the query does not end the summary", 1e-4)
-
-
-@torch.no_grad()
-def test_the_score_at_every_length():
-    model = table_reward(BY_TOKEN)
+    close(model.score(ids, mask), [-9, 3], "score at the last real token, EOS, not before", 1e-4)
     ids = torch.arange(1, 9).expand(8, 8)
-    ends = model.score(ids, torch.ones(8, 8).tril().long())
-    close(ends, [1, 2, 3, 4, 5, 6, 7, 8], "row b has b + 1 real tokens, at its left", 1e-4)
-    ends = model.score(ids, torch.ones(8, 8).triu().long())
-    close(ends, [8] * 8, "row b has b padding tokens at its left", 1e-4)
-
-
-@torch.no_grad()
-def test_scores_of_a_response_begin_at_the_end_of_the_post():
-    # two responses to each post, Q = 2, T = 3; the last one is one token, the rest is padding
-    ids = torch.tensor([[0, 5, 6, 7, 9], [0, 5, 8, 9, 0], [3, 4, 1, 2, 9], [3, 4, 9, 0, 0]])
-    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 1, 1, 0], [1] * 5, [1, 1, 1, 0, 0]])
-    for k in (1, 2):
-        scores = reward.response_scores(table_reward(BY_TOKEN), ids, mask, 3, k)
-        assert scores.shape == (4, 4)
-        real = torch.cat([torch.ones(4, 1).bool(), mask[:, 2:].bool()], 1)
-        close(scores[real], [5, 6, 7, -9, 5, 8, -9, 4, 1, 2, -9, 4, -9],
-              "column 0 is the post's last token, column n the response's n-th", 1e-4)
-        close(reward.final_scores(table_reward(BY_TOKEN), ids, mask, 3, k), [-9] * 4,
-              "the last real token of each", 1e-4)
-    shorter = torch.tensor([[0, 1, 1, 1, 0], [0, 1, 1, 0, 0], [1] * 5, [1, 1, 1, 0, 0]])
-    for k in (1, 2):
-        close(reward.final_scores(table_reward(BY_TOKEN), ids, shorter, 3, k), [7, 8, -9, -9],
-              "a response that never ended is scored at its last token", 1e-4)
+    close(model.score(ids, torch.ones(8, 8).tril()), list(range(1, 9)), "b + 1 real tokens", 1e-4)
+    close(model.score(ids, torch.ones(8, 8).triu()), [8] * 8, "b tokens of padding before", 1e-4)
 
 
 def test_the_model_refuses_unequal_shapes():
@@ -193,21 +150,15 @@ def test_score_summaries_keeps_the_order():
 # ---------------------------------------------------------------------------- initialisation
 
 
-def head_only(width, copies):
-    """Head weights of `copies` new reward models of hidden size `width`."""
-    config = GPT2Config(vocab_size=4, n_embd=width, n_layer=0, n_head=1, n_positions=4)
-    language_model = build(config)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        models = [RewardModel(language_model) for _ in range(copies)]
-    assert all((model.head.bias == 0).all() for model in models), "the bias of the head starts at 0"
-    return torch.cat([model.head.weight.detach().flatten() for model in models])
-
-
-@pytest.mark.parametrize("width, copies, std", [(3, 700, .5), (128, 20, .088045),
+@pytest.mark.parametrize("width, copies, std", [(7, 300, .353553), (128, 20, .088045),
                                                 (2048, 1, .022092)])
 def test_head_init(width, copies, std):
-    weights = head_only(width, copies)  # about 2000 numbers: their std is known to 1.6 %
+    language_model = build(GPT2Config(vocab_size=4, n_embd=width, n_layer=0, n_head=1))
+    torch.manual_seed(0)
+    heads = [RewardModel(language_model).head for _ in range(copies)]
+    assert all((head.bias == 0).all() for head in heads), "the bias of the head starts at 0"
+    # about 2000 numbers: their std is known to 1.6 %
+    weights = torch.cat([head.weight.detach().flatten() for head in heads])
     assert abs(weights.std() / std - 1) < .06, (
         f"std {weights.std():.4f}, expected {std}: the *variance* is 1 / (d + 1); "
         "nn.Linear's own is 1 / (3 d)")
@@ -296,8 +247,7 @@ def test_forward_is_the_head_on_the_hidden_states(architecture):
 
 
 @every_architecture
-@pytest.mark.parametrize("left, right, pad_id", [(0, 0, 0), (1, 1, 0), (3, 0, 0), (0, 3, 2),
-                                                 (3, 1, 2)])
+@pytest.mark.parametrize("left, right, pad_id", [(0, 0, 0), (0, 3, 2), (3, 1, 2)])
 @torch.no_grad()
 def test_scores_and_values_do_not_see_the_padding(architecture, left, right, pad_id):
     model = reward_model(architecture, reference_mean=-1.5)
@@ -322,37 +272,6 @@ def test_scores_do_not_see_padding_in_the_middle(architecture):
     ids, mask = torch.tensor([[5, 6, 0, 0, 18, 19, 2]]), torch.tensor([[1, 1, 0, 0, 1, 1, 1]])
     expected = model.score(ids[mask.bool()][None], torch.ones(1, 5).long())
     close(model.score(ids, mask), expected, "attention mask not passed on to the trunk?", 1e-5)
-
-
-@every_architecture
-@torch.no_grad()
-def test_a_value_is_that_of_the_state_before_its_token(architecture):
-    model = reward_model(architecture)
-    ids, mask, query_width, width = padded(QUERIES, RESPONSES, 1)
-    values = model(ids, mask)[:, query_width - 1: -1]
-    for k in range(width):
-        changed = ids.clone()
-        changed[:, query_width + k] = 30
-        new = model(changed, mask)[:, query_width - 1: -1]
-        close(new[:, : k + 1], values[:, : k + 1], f"V_{k} must not see token {k}", 1e-6)
-        if k + 1 < width:
-            assert (new[3, k + 1] - values[3, k + 1]).abs() > 1e-4 or k + 1 >= len(RESPONSES[3]), (
-                f"V_{k + 1} must see token {k}")
-
-
-@every_architecture
-@torch.no_grad()
-def test_a_copy_is_the_same_model_and_a_separate_one(architecture):
-    model = reward_model(architecture, reference_mean=.75)
-    critic = copy.deepcopy(model)
-    ids, mask, _, _ = padded(QUERIES, RESPONSES)
-    real = mask.bool()
-    scores = model(ids, mask)
-    assert torch.equal(critic(ids, mask)[real], scores[real]), (
-        "the critic starts as the reward model: trunk, head and reference_mean")
-    for parameter in critic.parameters():
-        parameter.add_(1)
-    assert torch.equal(model(ids, mask)[real], scores[real]), "training the critic moved the scores"
 
 
 @every_architecture
