@@ -1,28 +1,26 @@
 """ppo.py on paper: per-token KL reward, GAE, whitening and the two clipped objectives.
 
 Order: numbers that a pencil can check, gradients in closed form, extreme inputs, slow oracles in
-plain Python (they share no code with ours), an exact expectation over four tokens, and last how a
-batch is cut: whose numbers are whose, and a ratio that is 1 before the first update.
+plain Python (they share no code with ours), an exact expectation over four tokens, and last what a
+rollout gathers: whose numbers are whose. The loop itself is in test_loop.py.
 """
 
 import copy
 import math
 import random
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import lm
 import ppo
-from engine.adapters import add_adapter
-from engine.settings import ModelConfig
 from lm import get_log_probs, linear_schedule, response_log_probs
 from ppo import (compute_gae, kl_penalized_rewards, penalize_missing_eos, policy_loss, value_loss,
                  whiten)
 from reward import RewardModel
-from test_lm import (CONFIGS, build, close, ignores_what_is_masked, keeps_types_and_inputs, refused,
+from test_lm import (build, close, ignores_what_is_masked, keeps_types_and_inputs, refused,
                      refuses_empty_masks, refuses_shapes, same_for_all_mask_types, some_masks, t)
 
 
@@ -578,232 +576,115 @@ def test_ppo_on_a_bandit_ends_at_the_closed_form(beta, best):
 
 # ---------------------------------------------------------------------------- a batch of summaries
 
-EOS, PAD = 2, 0
-TOKENIZER = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD)
-# ragged, and in no order of length
-POSTS = [[5, 5, 5], [6, 7, 8, 9, 10, 11, 12, 13], [3], [20, 21, 22, 23, 24], [30] * 12, [31, 32],
-         [33, 34, 35, 36, 37, 38], [39, 4, 5, 6]]
+EOS = 2
+# ragged, in no order of length, and with the EOS id in some of the posts
+POSTS = [[5, 5, 5], [6, 7, 8, 2, 10, 11, 12, 13], [3], [20, 21, 2, 23, 24], [30] * 12, [31, 2]]
 
 
-def settings(k=1, **changes):
-    """Those of two updates of eight posts each, with k summaries."""
-    fields = {**vars(ppo.PPOConfig()), **vars(ModelConfig()), "return_sequences": k,
-              "ppo_batch_size": 8 * k, "ppo_episodes": 16 * k, "ppo_epochs": 2,
-              "response_length": 7, "temperature": .7}
-    return SimpleNamespace(**{**fields, **changes})
+def settings(**changes):
+    return SimpleNamespace(**{**vars(ppo.PPOConfig()), "response_length": 7, "temperature": .7,
+                              "kl_beta": .3, "gamma": .9, **changes})
+
+
+def tokenizer(pad_id=0):
+    return SimpleNamespace(eos_token_id=EOS, pad_token_id=pad_id)
 
 
 def written(post, number):
-    """The summary that stands for the number-th sample of a post; some never end, one is EOS."""
+    """What stands for the number-th sample of a post; some never end, one is nothing but EOS."""
     return ([7 + number] * (len(post) % 4) + [post[0], EOS])[: 4] if len(post) > 1 else [EOS]
 
 
-def write_them(monkeypatch):
-    """Sampling gives these summaries, whatever the model."""
-    def sample(model, ids, mask, *_, k, **settings):
-        posts = [row[real].tolist() for row, real in zip(ids, mask.bool())]
-        return lm.pad([written(post, j) for post in posts for j in range(k)], PAD, left=False)[0]
-
-    monkeypatch.setattr(lm, "sample", sample)
-
-
-@pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("changes, parts", [
-    ({}, 1), ({"micro_batch_size": 9}, 3), ({"micro_batch_size": 3, "rollout_batch_size": 6}, 8),
-    ({"ppo_minibatches": 2}, 2), ({"ppo_minibatches": 4, "rollout_batch_size": 5}, 4)])
-def test_each_row_of_a_rollout_is_a_summary_of_its_post(k, changes, parts, monkeypatch):
-    write_them(monkeypatch)
-    model = build(CONFIGS["gpt_neox"]())
-    reward_model = RewardModel(model)
-    if k == 1:  # the same number of posts in memory
-        changes = {name: max(1, n // 3) if "size" in name else n for name, n in changes.items()}
-    batch = ppo.rollout(model, model, reward_model, reward_model, POSTS, TOKENIZER,
-                        settings(k, **changes), None)
-    assert len(batch) == parts
-    seen = []
-    for part in batch:
-        ids, real, width = part.inputs
-        for i, post in enumerate(part.post.tolist()):
-            query, response = POSTS[post], written(POSTS[post], i % k)
-            row = ids[i][real[i].bool()].tolist()
-            assert row == query + response, f"row {i} is not summary {i % k} of post {post}"
-            assert real[i, -width:].sum() == part.mask[i].sum() == len(response)
-            assert part.ended[i] == (EOS in response)
-            alone = torch.tensor([row])
-            with torch.no_grad():  # each number is that of this row
-                log_probs = response_log_probs(model, alone, alone * 0 + 1, len(response), .7)[0]
-                value = reward_model(alone, alone * 0 + 1)[0]
-            n = len(response)
-            close(part.log_probs[i, :n], log_probs, "log-probs of another row", 1e-4)
-            close(part.values[i, :n], value[-n - 1 : -1],
-                  "values of another row, or not of the state before its action", 1e-4)
-            close(part.scores[i], value[-1] if part.ended[i] else -1.,
-                  "another's score, or no minus_one where no EOS was drawn", 1e-4)
-            close(part.rewards[i].sum(), part.scores[i] - .05 * part.kl[i], "R(x, y)", 1e-5)
-        seen += part.post.tolist()
-    assert sorted(seen) == [post for post in range(8) for _ in range(k)], "each post k times"
-    if parts > 1 and "micro_batch_size" in changes:
-        assert seen != sorted(seen), "by length: not in the order of the queries"
-
-
-def test_a_batch_is_whitened_as_one_however_it_is_cut(monkeypatch):
-    write_them(monkeypatch)
-    model = build(CONFIGS["gpt_neox"]()).double()
-    reward_model = RewardModel(model).double()
-    found = {}
-    for rows in (0, 2, 3):
-        batch = ppo.rollout(model, model, reward_model, reward_model, POSTS, TOKENIZER,
-                            settings(micro_batch_size=rows), None)
-        before = torch.cat([part.advantages[part.mask] for part in batch])
-        ppo.whiten_batch(batch)
-        for part in batch:
-            assert part.advantages.shape == part.mask.shape
-            assert (part.advantages[~part.mask] == 0).all()
-        white = torch.cat([part.advantages[part.mask] for part in batch])
-        close(white, (before - before.mean()) / (before.var(correction=0) + 1e-8).sqrt(),
-              "mean and variance of all actions of the update, not of a microbatch", 1e-9)
-        found[rows] = {post: row[keep].tolist() for part in batch for post, row, keep in zip(
-            part.post.tolist(), part.advantages, part.mask)}
-    for rows in (2, 3):
-        for post, expected in found[0].items():
-            close(found[rows][post], expected, "the cut shows in an advantage", 1e-6)
-
-
-@pytest.mark.parametrize("name, field", [("reward", "final_scores"), ("return", "response_values"),
-                                         ("KL", "response_log_probs")])
-def test_a_rollout_with_a_number_that_is_none_names_it(name, field, monkeypatch):
-    write_them(monkeypatch)
-    model = build(CONFIGS["gpt_neox"]())
-    reward_model = RewardModel(model)
-    true, calls = getattr(ppo, field), []
-
-    def spoiled(*arguments):
-        calls.append(field)
-        x = true(*arguments)
-        return x * math.nan if len(calls) == 5 else x
-
-    monkeypatch.setattr(ppo, field, spoiled)
-    # a spoiled log-prob is in the KL and in the reward of the action; the score is asked first
-    with pytest.raises(FloatingPointError, match=f"^{name} is NaN or infinite"):
-        ppo.rollout(model, model, reward_model, reward_model, POSTS, TOKENIZER,
-                    settings(micro_batch_size=1), None)
-
-
-def loud_model(architecture):
-    """Random, with logits up to 17 (a trained model's), where bfloat16 has steps of 1/8."""
-    config = CONFIGS[architecture]()
-    config.tie_word_embeddings = False
-    model = build(config)
-    with torch.no_grad():
-        largest = model(torch.arange(3, 40)[None]).logits.abs().max()
-        model.get_output_embeddings().weight.mul_(17 / largest)
-        assert model(torch.arange(3, 40)[None]).logits.abs().max() == pytest.approx(17, abs=.01)
-    return model
-
-
-def in_precision(precision, architecture):
-    """A policy, a reward model, and the context to compute in."""
-    policy = loud_model(architecture)
-    reward_model = RewardModel(policy)
-    if precision == "bfloat16 weights":
-        policy.bfloat16()
-        reward_model.trunk.bfloat16()
-    if precision == "bfloat16 products":  # as engine.devices.mixed_precision has it on a GPU
-        return policy, reward_model, torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-    return policy, reward_model, nullcontext()
-
-
-def gap(log_probs, part):
-    return (log_probs - part.log_probs)[part.mask].abs().max().item()
+@pytest.fixture(scope="module")
+def networks():
+    """Policy, reference, reward model, critic: four different ones."""
+    models = [build(LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, initializer_range=.3), seed=seed).double() for seed in range(4)]
+    return [*models[:2], *(RewardModel(model).double() for model in models[2:])]
 
 
 @torch.no_grad()
-def gap_in_other_pieces(policy, part):
-    """What the same tokens' log-probs differ by with more padding, or with each row on its own."""
-    ids, real, width = part.inputs
-    wider = [torch.nn.functional.pad(x, (5, 3)) for x in (ids, real)]
-    gaps = [gap(response_log_probs(policy, *wider, width + 3, .7)[:, :width], part)]
-    for row, keep, expected, mask in zip(ids, real.bool(), part.log_probs, part.mask):
-        alone = row[keep][None]
-        log_probs = response_log_probs(policy, alone, alone * 0 + 1, int(mask.sum()), .7)
-        gaps.append((log_probs[0] - expected[mask]).abs().max().item())
-    return max(gaps)
+@pytest.mark.parametrize("pad_id", [0, EOS])
+def test_each_row_of_a_rollout_is_a_summary_of_its_post(pad_id, networks, monkeypatch):
+    """With every number about it as if it stood alone, whatever padding the others bring."""
+    policy, reference, reward_model, critic = networks
+    rows = [(post, number) for post in POSTS for number in range(3)]
+
+    def sample(model, ids, mask, *_, **__):
+        assert [row[real].tolist() for row, real in zip(ids, mask.bool())] == [
+            post for post, _ in rows] and mask[:, -1].all(), "posts are padded on the left"
+        return lm.pad([written(*row) for row in rows], pad_id, left=False)[0]
+
+    monkeypatch.setattr(ppo, "sample", sample)
+    config = settings(return_sequences=3)
+    batch = ppo.rollout(*networks, [post for post, _ in rows], tokenizer(pad_id), config, None)
+    width, plain = batch.mask.shape[1], []
+    for i, (post, number) in enumerate(rows):
+        response, real = written(post, number), batch.attention_mask[i].bool()
+        n, alone = len(response), torch.tensor([post + response])
+        assert batch.input_ids[i][real].tolist() == post + response, (
+            f"row {i} is not summary {number} of its post")
+        assert batch.mask[i].tolist() == [k < n for k in range(width)], "EOS is an action"
+        ended = EOS in response
+        assert batch.ended[i] == ended, "ended: an EOS in the summary, not in post or padding"
+        log_probs, ref_log_probs = (response_log_probs(model, alone, alone * 0 + 1, n, .7)[0]
+                                    for model in (policy, reference))
+        close(batch.log_probs[i, :n], log_probs, "log-probs of another row", 1e-9)
+        close(batch.ref_log_probs[i, :n], ref_log_probs, "log-probs of another model", 1e-9)
+        value = critic(alone, alone * 0 + 1)[0, len(post) - 1 : -1]
+        close(batch.values[i, :n], value,
+              "values of another row, or not of the state before its action", 1e-9)
+        score = reward_model(alone, alone * 0 + 1)[0, -1].item() if ended else -1.
+        close(batch.scores[i], score, "another's score, or no minus_one: no_eos was drawn", 1e-9)
+        kl = (log_probs - ref_log_probs).tolist()
+        close(batch.kl[i], sum(kl), "KL in nats per summary: a sum over its tokens, no mean", 1e-9)
+        rewards = [-.3 * x for x in kl]
+        rewards[-1] += score
+        close(batch.rewards[i, :n], rewards, "R = r - beta KL, token by token", 1e-9)
+        advantages, after = [], 0
+        for k in reversed(range(n)):
+            after = (rewards[k] + (.9 * value[k + 1].item() if k + 1 < n else 0) - value[k].item()
+                     + .9 * .95 * after)
+            advantages.insert(0, after)
+        close(batch.returns[i, :n], [a + v for a, v in zip(advantages, value.tolist())],
+              "returns are advantages + values from before whitening", 1e-9)
+        plain.append(advantages)
+    mean = sum(map(sum, plain)) / sum(map(len, plain))
+    variance = sum((a - mean) ** 2 for row in plain for a in row) / sum(map(len, plain))
+    for i, advantages in enumerate(plain):
+        white = [(a - mean) / math.sqrt(variance + 1e-8) for a in advantages]
+        close(batch.advantages[i], white + [0.] * (width - len(white)),
+              "advantages are whitened, over the whole batch", 1e-9)
+    assert not any(x.requires_grad for x in batch)
 
 
-@pytest.mark.parametrize("architecture", ["gpt_neox", "gptj", "qwen2"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16 products", "bfloat16 weights"])
-@pytest.mark.parametrize("k", [1, 3])
-def test_the_ratio_is_1_by_construction(architecture, precision, k):
-    """What rollout measures is what the update reads again, row by row with the same padding. In
-    bfloat16 the same tokens in other pieces have other log-probs, by more than the check allows."""
-    policy, reward_model, context = in_precision(precision, architecture)
-    with context:
-        batch = ppo.rollout(policy, policy, reward_model, reward_model, POSTS, TOKENIZER,
-                            settings(k, micro_batch_size=3 * k, rollout_batch_size=2 * k),
-                            torch.Generator().manual_seed(0))
-        assert len(batch) == 3
-        others = []
-        for part in batch:
-            log_probs = response_log_probs(policy, *part.inputs, .7, k)
-            assert log_probs.requires_grad, "as the policy's step computes them"
-            ppo.check_first_update(log_probs.detach(), part)
-            assert gap(log_probs.detach(), part) == 0, (
-                "not the same rows, width and order of operations as in the rollout: the ratio "
-                "begins somewhere else than at 1")
-            others.append(gap_in_other_pieces(policy, part))
-    if precision == "float32":
-        assert max(others) < 1e-4
-    elif torch.backends.cpu.get_cpu_capability() == "AVX512":  # others may add in one order always
-        assert max(others) > 1e-3, "this model would not notice if it were measured otherwise"
+@torch.no_grad()
+def test_rollouts_are_samples_of_the_policy_at_the_temperature_of_their_log_probs(networks):
+    def generator():
+        return torch.Generator().manual_seed(5)
+
+    batch = ppo.rollout(*networks, POSTS * 4, tokenizer(), settings(temperature=.7), generator())
+    ids, mask = lm.pad(POSTS * 4, 0, left=True)
+    drawn = lm.sample(networks[0], ids, mask, 7, eos_token_id=EOS, pad_token_id=0, temperature=.7,
+                      generator=generator())
+    assert torch.equal(batch.input_ids, torch.cat([ids, drawn], 1)), (
+        "not the policy's samples at this temperature, after posts that are padded on the left")
+    likely = ppo.rollout(*networks, POSTS, tokenizer(), settings(temperature=1e-3), generator())
+    assert likely.log_probs[likely.mask].mean() > -.1, (
+        "at temperature 0.001 the most likely token is all but certain")
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16 products", "bfloat16 weights"])
-@pytest.mark.parametrize("changes", [
-    {"k": 1, "micro_batch_size": 3, "rollout_batch_size": 2},
-    {"k": 3, "micro_batch_size": 7, "rollout_batch_size": 9},
-    *(pytest.param(more, marks=pytest.mark.slow) for more in (
-        {"k": 3, "micro_batch_size": 4, "ppo_minibatches": 2, "checkpoint_activations": True},
-        {"k": 1, "micro_batch_size": 3, "lora_rank": 2, "checkpoint_activations": True},
-        {"k": 3, "micro_batch_size": 6, "rollout_batch_size": 12, "lora_rank": 2}))])
-def test_train_ppo_starts_at_a_ratio_of_1(precision, changes, monkeypatch):
-    """Whatever the update is cut into: with the tolerance that train_ppo has, and exactly."""
-    policy, reward_model, context = in_precision(precision, "llama")
-    if "lora_rank" in changes:
-        policy = add_adapter(policy, changes["lora_rank"], 0)
-        reward_model = RewardModel(policy)
-        # adapters stay in float32, and half precision around them is what run_all has
-        context = torch.autocast("cpu", torch.bfloat16, enabled=precision != "float32",
-                                 cache_enabled=False)
-    gaps, lines, losses = [], [], []
-    check, loss_of = ppo.check_first_update, ppo.policy_loss
-
-    def checked(log_probs, part):
-        gaps.append(max(gap(log_probs, part),
-                        (log_probs - part.ref_log_probs)[part.mask].abs().max().item()))
-        check(log_probs, part)
-
-    def policy_loss(log_probs, old, *rest):
-        losses.append((log_probs - old)[rest[1]].abs().max().item())
-        return loss_of(log_probs, old, *rest)
-
-    monkeypatch.setattr(ppo, "check_first_update", checked)
-    monkeypatch.setattr(ppo, "policy_loss", policy_loss)
-    run = SimpleNamespace(seed=0, steps=lambda *_, **__: range(2), warn=lambda *_: None,
-                          log=lambda stage, step, **named: lines.append({"step": step, **named}),
-                          history=lambda stage: lines)
-    with context:
-        ppo.train_ppo(run, policy, reward_model, POSTS, TOKENIZER,
-                      settings(**{"ppo_lr": 1e-2, **changes}))
-    n_minibatches = changes.get("ppo_minibatches", 1)
-    parts = len(losses) // 4  # of a pass: two updates of two passes
-    assert len(gaps) * n_minibatches == parts >= 3 * n_minibatches, (
-        "every microbatch of the first step is checked, and none of the others")
-    assert max(gaps) == 0, "ratio 1 and KL 0 before the first update"
-    assert max(losses[: parts // n_minibatches]) == 0
-    assert max(losses[2 * parts :][: parts // n_minibatches]) == 0, "in the second update as well"
-    assert min(losses[parts : 2 * parts]) > 1e-3, "and then the policy moves"
-    assert lines[0]["kl_per_summary"] == 0 != lines[1]["kl_per_summary"], (
-        "the KL to the reference is 0 at first, and then it is not")
+@pytest.mark.parametrize("name, spoil", [
+    ("reward", {"penalize_missing_eos": 1}), ("return", {"response_values": 1}),
+    ("KL", {"response_log_probs": 1, "kl_penalized_rewards": 0})])
+def test_a_rollout_with_a_number_that_is_none_names_it(name, spoil, networks, monkeypatch):
+    for field, factor in spoil.items():
+        really = getattr(ppo, field)
+        monkeypatch.setattr(ppo, field, lambda *rest, really=really, factor=factor: (
+            really(*rest) * math.nan if factor else torch.zeros_like(rest[1])))
+    with pytest.raises(FloatingPointError, match=f"^{name} is NaN or infinite"):
+        ppo.rollout(*networks, POSTS, tokenizer(), settings(), torch.Generator().manual_seed(0))
 
 
 def test_check_first_update():
@@ -815,10 +696,24 @@ def test_check_first_update():
         for junk in (math.nan, math.inf, 1e30):  # what is off the mask is not read
             ppo.check_first_update(x.masked_fill(~part.mask, junk), part)
     for wrong in (1.1e-3, -1.1e-3, math.nan, math.inf):
-        with pytest.raises(RuntimeError, match="differ from the old ones by"):
+        with pytest.raises(RuntimeError, match="differ from the old ones by .*look for dropout"):
             ppo.check_first_update(part.log_probs + wrong * torch.eye(3)[:2], part)
     ppo.check_first_update(part.log_probs + .4, part, tolerance=.5)
     moved = copy.copy(part)
     moved.ref_log_probs = part.ref_log_probs - .25 * torch.eye(3)[:2]
     with pytest.raises(RuntimeError, match="differ from the reference ones by 0.25 nats"):
         ppo.check_first_update(part.log_probs, moved)
+
+
+def test_what_is_logged_of_a_batch():
+    """Returns 1, 3, 2, 6, errors 0, 1, -1, 2 (explained_variance below); 3 actions and 1."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    returns, errors = t([[1, 3, 2], [6, 99, 99]]), t([[0, 1, -1], [2, 5, 7]])
+    log_probs = t([[-1, -2, -3], [-4, -99, -99]])
+    blank = dict.fromkeys(ppo.Batch._fields)
+    found = ppo.batch_metrics(ppo.Batch(**{
+        **blank, "mask": mask, "ended": mask[:, 2], "log_probs": log_probs, "returns": returns,
+        "values": returns - errors, "scores": t([2, -1]), "kl": t([.5, .1])}))
+    assert found == pytest.approx({
+        "reward": .5, "kl_per_summary": .3, "length": 2, "ended": .5, "entropy": 2.5,
+        "explained_variance": 1 - 1.25 / 3.5})  # variances of 0, 1, -1, 2 and of 1, 3, 2, 6
