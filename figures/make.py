@@ -32,16 +32,16 @@ if str(HERE.parent) not in sys.path:
 
 import ppo
 import toy
-from contrast import train_dpo, train_rloo
-from engine.batches import generator_for
-from engine.report import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION, Panel, draw
-from engine.settings import ModelConfig
+from engine.report import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
+from figures.drawing import Panel, draw
 from judge import best_of_n, best_of_n_kl, judge_pairwise, length_accuracy, quality_judge
-from lm import decode_response, encode_responses, sample_responses
+from lm import encode_responses, generator_for, write_summaries
 from reward import RewardConfig, RewardModel, normalize, preference_accuracy, score_summaries
 from reward import train_reward
 from sft import SFTConfig, train_sft
 from tldr import build_prompt, encode_prompts
+from variants.dpo import train_dpo
+from variants.rloo import train_rloo
 
 HELD_OUT = 1500  # comparisons to measure accuracy on
 WEAK = 500  # comparisons for the weak reward models of best_of_many
@@ -67,31 +67,14 @@ COLORS = {
 def settings(**changed):
     """The default settings of all stages, but for those that are given."""
     every = SimpleNamespace()
-    for part in (SFTConfig(), ModelConfig(), RewardConfig(), ppo.PPOConfig()):
+    for part in (SFTConfig(), RewardConfig(), ppo.PPOConfig()):
         vars(every).update(vars(part))
     vars(every).update(changed)
     return every
 
 
-class Run:
-    """In memory, what a stage asks of an engine.folder.Run: its steps, and a place for metrics."""
-
-    def __init__(self, seed):
-        self.seed, self.lines = seed, []
-
-    def steps(self, stage, total, **_):  # the models are for checkpoints: none are written here
-        worker = multiprocessing.current_process()._identity or (0,)  # a line for each bar
-        return tqdm(range(total), f"seed {self.seed}, {stage}", position=worker[0], leave=False,
-                    disable=None)
-
-    def log(self, stage, step, **metrics):
-        self.lines.append({"step": step, **metrics})
-
-    def history(self, stage):  # one Run is one stage
-        return self.lines
-
-    def warn(self, kind, text):  # some figures are about runs that go wrong
-        pass
+def unlogged(stage, step, **metrics):
+    """A log for stages whose lines no figure shows."""
 
 
 class World:
@@ -106,18 +89,18 @@ class World:
         self.tokenizer = toy.make_tokenizer([f"{build_prompt(post)} {post['summary']}"
                                              for post in self.posts[:5000]])
 
+    def queries(self, posts):
+        return encode_prompts(posts, self.tokenizer, 512)
+
     def encode(self, posts, summaries=None):
         """Queries and responses as token ids; the references where no summaries are given."""
-        texts = [post["summary"] for post in posts] if summaries is None else summaries
-        return (encode_prompts(posts, self.tokenizer, 512),
-                encode_responses(texts, self.tokenizer, 128))
+        texts = summaries or [post["summary"] for post in posts]
+        return self.queries(posts), encode_responses(texts, self.tokenizer, 128)
 
     def write(self, model, posts, temperature=0.0, *stream):
         """A summary of each post as text, greedy or drawn from the random stream of that name."""
-        queries, _ = self.encode(posts, [])
-        responses = sample_responses(model, self.tokenizer, queries, 48, temperature,
-                                     generator_for(self.seed, *stream), batch_size=256)
-        return [decode_response(ids, self.tokenizer) for ids in responses]
+        return write_summaries(model, self.tokenizer, self.queries(posts), 48, temperature,
+                               generator_for(self.seed, *stream))
 
     def score(self, model, posts, summaries=None):
         return score_summaries(model, *self.encode(posts, summaries), self.tokenizer.pad_token_id)
@@ -131,8 +114,8 @@ class World:
     def sft(self, width):
         torch.manual_seed(self.seed)
         model = toy.make_model(self.tokenizer, width)
-        train_sft(Run(self.seed), model, *self.encode(self.posts), self.tokenizer.pad_token_id,
-                  settings())
+        train_sft(model, *self.encode(self.posts), self.tokenizer.pad_token_id, settings(),
+                  self.seed, unlogged)
         return model
 
     @cache
@@ -147,10 +130,9 @@ class World:
         labeler, taste a word."""
         rows = toy.make_comparisons(self.compared, *self.samples(), self.seed, bias)
         random.Random(self.seed).shuffle(rows)
-        queries, chosen = self.encode([row["post"] for row in rows],
-                                      [row["chosen"] for row in rows])
-        _, rejected = self.encode([], [row["rejected"] for row in rows])
-        return rows, list(zip(queries, chosen, rejected))
+        sides = [encode_responses([row[key] for row in rows], self.tokenizer, 128)
+                 for key in ("chosen", "rejected")]
+        return rows, list(zip(self.queries([row["post"] for row in rows]), *sides))
 
     @cache
     def reward_model(self, width, n=None, bias=0.0, member=0):
@@ -158,39 +140,42 @@ class World:
         ensemble, whose heads begin differently and which see the same pairs in another order."""
         torch.manual_seed(self.seed + 1000 * member)  # for the head
         model, (_, pairs) = RewardModel(self.sft(width)), self.comparisons(bias)
-        train_reward(Run(self.seed + 1000 * member), model, pairs[HELD_OUT:][: n or self.sizes[-1]],
-                     self.tokenizer.pad_token_id, settings())
+        train_reward(model, pairs[HELD_OUT:][: n or self.sizes[-1]], self.tokenizer.pad_token_id,
+                     settings(), self.seed + 1000 * member, unlogged)
         normalize(model, *self.encode(self.posts[:1000]), self.tokenizer.pad_token_id)
         return model
 
     @cache
-    def ppo(self, width, model=None, critic=None, evaluate=None, **changed):
-        """Policy, critic and log of PPO against a reward model, the best by default.
+    def ppo(self, width, model=None, critic=None, evaluate=lambda *_: None, **changed):
+        """Policy, critic and log of PPO against a reward model, by default that of all pairs.
 
         critic(policy) -> what to begin with instead of a copy of the model; evaluate(policy,
         update) is called after each update; changed: settings that are not the defaults.
         """
-        policy, run = copy.deepcopy(self.sft(width)), Run(self.seed)
-        critic = ppo.train_ppo(run, policy, model or self.reward_model(width),
-                               self.encode(self.posts, [])[0], self.tokenizer, settings(**changed),
-                               evaluate and partial(evaluate, policy), critic and critic(policy))
-        return policy, critic, run.lines
+        policy, lines = copy.deepcopy(self.sft(width)), []
+        critic = ppo.train_ppo(
+            policy, model or self.reward_model(width), self.queries(self.posts), self.tokenizer,
+            settings(**changed), self.seed,
+            lambda stage, step, **metrics: lines.append({"step": step, **metrics}),
+            partial(evaluate, policy), critic and critic(policy))
+        return policy, critic, lines
 
     def rollout(self, policy, model, critic):
-        """ppo.rollout on the held-out posts at T = 1, and the token ids of its summaries. Row i is
-        of the post batch.post[i]."""
-        whole = settings(ppo_batch_size=len(self.held_out))  # hence one microbatch
-        (batch,) = ppo.rollout(policy, self.sft(64), model, critic,
-                               self.encode(self.held_out, [])[0], self.tokenizer, whole,
-                               generator_for(self.seed, "measure"))
-        return batch, batch.input_ids[:, -batch.mask.shape[1] :].tolist()
+        """ppo.rollout on the held-out posts at T = 1, and the token ids of its summaries, without
+        what follows them."""
+        batch = ppo.rollout(policy, self.sft(64), model, critic, self.queries(self.held_out),
+                            self.tokenizer, settings(), generator_for(self.seed, "measure"))
+        responses = batch.input_ids[:, -batch.mask.shape[1] :]  # (B, T)
+        return batch, [row[keep].tolist() for row, keep in zip(responses, batch.mask)]
 
 
 # ---------------------------------------------------------------------------- the paper's figures
 
 
 def win_rates(world):
-    """Fig. 1: greedy summaries against the references; best of 16 at T = 0.7, as in G.3."""
+    """After Fig. 1: greedy summaries against the references; best of 16 at T = 0.7, as in G.3. Not
+    the paper's point, that a small model with feedback beats a ten times larger one without: here
+    imitation is as good at each width, and it is the reward model that needs it."""
     posts = world.held_out
     for width in world.widths:
         score, sft, policy = (partial(world.score, world.reward_model(width)), world.sft(width),
@@ -231,8 +216,9 @@ def measure_policy(world, model, policy):
     """What a reward model thinks of a policy's samples for the held-out posts, and what the labeler
     does, without bias."""
     batch, ids = world.rollout(policy, model, model)  # the critic's values are not looked at
-    posts = [world.held_out[i] for i in batch.post]
-    texts = [decode_response(row, world.tokenizer) for row in ids]
+    posts, eos = world.held_out, world.tokenizer.eos_token_id
+    texts = [world.tokenizer.decode([token for token in row if token != eos],
+                                    clean_up_tokenization_spaces=False).strip() for row in ids]
     gaps = batch.scores - world.score(model, posts)  # to the scores of the references
     return {"kl_per_summary": batch.kl.mean().item(), "predicted": gaps.sigmoid().mean().item(),
             "true": mean(world.preferred(posts, texts)),
@@ -241,20 +227,18 @@ def measure_policy(world, model, policy):
 
 class WithoutLength(RewardModel):
     """A trained reward model less a price for each word of a text: of a post as well, which is the
-    same for all its summaries. ValueError for rows of several summaries (k > 1)."""
+    same for all its summaries."""
 
     def __init__(self, model, price, tokenizer):
-        super().__init__(model.trunk, own_copy=False)
+        super().__init__(model.trunk)
         self.head, self.price = model.head, price
         words = [token.startswith("\u0120") for token in tokenizer.convert_ids_to_tokens(
             range(len(tokenizer)))]  # byte-level BPE's space, with which each word begins here
         self.register_buffer("is_word", torch.tensor(words))
 
-    def forward(self, input_ids, attention_mask, position_ids=None):
-        if attention_mask.dim() != 2:  # words of one summary would count for the next
-            raise ValueError("WithoutLength: expected rows of one summary each, k = 1")
+    def forward(self, input_ids, attention_mask):
         n_words = (self.is_word[input_ids] * attention_mask).cumsum(1)  # (B, L)
-        return super().forward(input_ids, attention_mask, position_ids) - self.price * n_words
+        return super().forward(input_ids, attention_mask) - self.price * n_words
 
 
 def length_bias(world):
@@ -378,15 +362,15 @@ def new_critic(world, trunk=None):
 
 
 def what_came_after(world):
-    """Not in the paper: RLOO and DPO (contrast.py) beside it, from the same SFT model, comparisons
+    """Not in the paper: RLOO and DPO (variants/) beside it, from the same SFT model, comparisons
     and, but for DPO, reward model; greedy summaries, best of 16 as in win_rates."""
     posts, model, pad_id = world.held_out, world.reward_model(64), world.tokenizer.pad_token_id
     _, pairs = world.comparisons()
     dpo, rloo = copy.deepcopy(world.sft(64)), copy.deepcopy(world.sft(64))
     # rate and batch: the better of 1e-4, 3e-4 and 1e-3 with batches of 32 on seed 0
-    train_dpo(Run(world.seed), dpo, pairs[HELD_OUT:][: world.sizes[-1]], pad_id, 3e-4, 32)
-    train_rloo(Run(world.seed), rloo, model, world.encode(world.posts, [])[0], world.tokenizer,
-               settings(return_sequences=4))
+    train_dpo(dpo, pairs[HELD_OUT:][: world.sizes[-1]], pad_id, 3e-4, 32, world.seed, unlogged)
+    train_rloo(rloo, model, world.queries(world.posts), world.tokenizer,
+               settings(return_sequences=4), world.seed, unlogged)
     best = best_of_n(world.write, lambda *texts: world.score(model, *texts).tolist(),
                      world.sft(64), posts[:100], 16)
     for line, texts in (
@@ -401,11 +385,11 @@ def tokens(world):
     """3.4: what each token of one summary is paid and worth, before advantages are whitened."""
     policy, critic, _ = world.ppo(64)
     batch, ids = world.rollout(policy, world.reward_model(64), critic)
-    i = min(batch.ended.nonzero().flatten(), key=batch.post.__getitem__)  # the first that ended
+    i = batch.ended.long().argmax()  # the first that ended
+    advantages, _ = ppo.compute_gae(batch.rewards, batch.values, batch.mask)
     numbers = {"log_ratio": batch.log_probs[i] - batch.ref_log_probs[i],  # (T,) each
-               "reward": batch.rewards[i], "values": batch.values[i],
-               "advantages": batch.advantages[i]}
-    for t in range(int(batch.mask[i].sum())):
+               "reward": batch.rewards[i], "values": batch.values[i], "advantages": advantages[i]}
+    for t in range(len(ids[i])):
         row = {"token position": t, "token": world.tokenizer.decode(ids[i][t]).strip("<|>")}
         yield row | {name: number[t].item() for name, number in numbers.items()}
 
@@ -413,7 +397,7 @@ def tokens(world):
 # What gives the points of one seed; the claim; panels: x, lines, label and scale of x, label of y
 PREFERRED = "fraction preferred to the reference"
 FIGURES = {
-    "win-rate": (win_rates, "Feedback beats imitation, given enough width", [
+    "win-rate": (win_rates, "PPO beats imitation at width 64, and loses to it at width 16", [
         ("width", ["preferred"], "width of the model", "log", PREFERRED)]),
     "over-optimization": (over_optimization, "Some reward helps, too much of it harms", [
         ("kl_per_summary", ["predicted", "true"], "KL from SFT (nats per summary)", "symlog",
@@ -422,7 +406,7 @@ FIGURES = {
         ("update", ["words"], "PPO update", "linear", "words of a summary"),
         ("update", ["predicted"], "PPO update", "linear", PREFERRED + ", predicted"),
         ("update", ["true"], "PPO update", "linear", PREFERRED + ", truly")]),
-    "best-of-n": (best_of_many, "The best of n is as good as the taste of who picks it", [
+    "best-of-n": (best_of_many, "Best of n: picking the longest equals the best reward model", [
         ("n", ["true"], "samples to pick from, n", "log", PREFERRED + ", truly"),
         ("kl", ["predicted", "true"], "KL from SFT, log n - (n-1)/n (nats)", "linear", PREFERRED)]),
     "reward-data": (reward_data, "More comparisons make a better reward model", [
