@@ -1,9 +1,9 @@
-"""The paper's equations, our words and the code, side by side: `python docs/build.py`.
+"""The paper's equations beside our words and the code: `python docs/build.py`.
 
-Writes index.html and a page for each of sft, reward, ppo, judge and lm beside this file, and the
-map into README.md. All of it comes from the sources: functions, docstrings and comments by `ast`
-and `tokenize`, equations and symbols from equations.py, the numbers of the pencil examples from
-examples.py. Each page is one file and asks for nothing over a network.
+Writes index.html, a page for each file of the plain house, and map.md, all beside this file. They
+are made from the sources: functions, docstrings and comments by `ast` and `tokenize`, equations and
+symbols from equations.py, the numbers of the pencil examples from examples.py, the picture of the
+loop from loop.svg. Each page is one file and asks for nothing over a network.
 """
 
 import ast
@@ -12,6 +12,7 @@ import re
 import sys
 import tokenize
 from html import escape
+from itertools import groupby
 from pathlib import Path
 
 from latex2mathml.converter import convert
@@ -25,19 +26,21 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 import equations  # noqa: E402  (the path comes first)
 import examples  # noqa: E402
 
-PAGES = ["lm", "sft", "reward", "ppo", "judge"]  # README's order of reading
+PAGES = ["toy", "lm", "sft", "reward", "ppo", "judge", "rlhf_minimal", "tldr"]  # order of reading
 SECTION = re.compile(r"\b(?:[34]\.[1-4]|[A-H]\.\d|(?<=App\. )[A-H])\b(?![.\d])")  # of the paper
 FORMULAS = {name: (row["paper"], latex) for row in equations.MAP
             for name, latex in row["functions"].items() if latex} | equations.OTHERS
+METHODS = {name.split(".")[2]: name for name in FORMULAS if name.count(".") == 2}
 PENCILS = {row.get("of", next(iter(row["functions"]))): row["pencil"] for row in equations.MAP}
 KEYS = {name: key for key, symbol in equations.SYMBOLS.items() for name in symbol[3].split()}
+LINKS = {}  # "sft.py" or "sft.train_sft" -> its place on the pages; build() fills it
 
 
 def read(path):
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-# ---------------------------------------------------------------------------- words and code
+# ---------------------------------------------------------------------------- words and equations
 
 
 def mark(key, inner, tag, focus):
@@ -72,8 +75,7 @@ def lines_of(latex):
 def equation(name, link=False):
     """The equation of a function, with the section of the paper."""
     paper, latex = FORMULAS[name]
-    module, function = name.split(".", 1)
-    source = f'<a href="{module}.html#{function}">{function}</a>' if link else ""
+    source = f'<a href="{LINKS[name]}">{name.split(".", 1)[1]}</a>' if link else ""
     return f'<figure>{lines_of(latex)}<figcaption>{place(paper)} {source}</figcaption></figure>'
 
 
@@ -83,11 +85,20 @@ def place(paper):
     return f'<span class="paper">{sign}{paper or "not in the paper"}</span> '
 
 
-def words(text):
-    """A docstring or comments -> HTML; a function in backticks becomes a link to its section."""
+def words(text, module=""):
+    """A docstring or comments -> HTML. A file in backticks becomes a link to its page, a function
+    one to its section."""
+    def link(match):
+        names = match[1], f"{module}.{match[1]}"
+        found = [name for name in LINKS if name in names] or [
+            name for name in LINKS if name.endswith(f".{match[1]}")]
+        return f'<a href="{LINKS[found[0]]}">{match[0]}</a>' if found else match[0]
+
     html = MarkdownIt("commonmark", {"html": False}).render(text)
-    return re.sub(r"<code>(?:\w+\.)?(\w+)</code>",
-                  lambda m: f'<a href="{LINKS[m[1]]}">{m[0]}</a>' if m[1] in LINKS else m[0], html)
+    return re.sub(r"<code>([\w.]+)</code>", link, html)
+
+
+# ---------------------------------------------------------------------------- one file
 
 
 def colour(source, scopes, module):
@@ -114,7 +125,22 @@ def colour(source, scopes, module):
     return lines + [line]
 
 
-# ---------------------------------------------------------------------------- one file
+def start(node):
+    """The first line of a function or class, its decorators included."""
+    return min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
+
+
+def is_guard(node):
+    """Does a statement do nothing but refuse what was handed in?"""
+    match node:
+        case (ast.Expr(value=ast.Call(func=ast.Name(id=name)))
+              | ast.Assign(value=ast.Call(func=ast.Name(id=name)))):
+            return name in ("check_shapes", "check_mask", "check_finite")
+        case ast.If(body=[ast.Raise()], orelse=[]):
+            return True
+        case ast.For(body=[*others, last]):
+            return is_guard(last) and all(isinstance(one, ast.Assign) for one in others)
+    return False
 
 
 class Source:
@@ -127,97 +153,130 @@ class Source:
         self.comments = {token.start[0]: token.string[1:].removeprefix(" ") for token in tokens
                          if token.type == tokenize.COMMENT
                          and not self.lines[token.start[0] - 1][: token.start[1]].strip()}
-        *body, self.main = self.tree.body
-        assert isinstance(self.main, ast.If), f"{module}.py ends in its worked example"
-        self.imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        self.home = {alias.name: node.module for node in self.imports
-                     if isinstance(node, ast.ImportFrom) for alias in node.names}
-        self.sections = {}  # name -> (node, its last line), in the order of the file
+        body = self.tree.body[1:]  # without the docstring
+        imported = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        self.imports = body[0].lineno, imported[-1].end_lineno
+        self.example, end = [], len(self.lines)  # what the file prints, where it prints something
+        if isinstance(body[-1], ast.If) and "print" in examples.ids(body[-1], ast.Load):
+            self.example, end = body[-1].body, body[-1].lineno - 1
+        self.sections = []  # (name, or "" between functions; node or None; first line, last line)
         for node in body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                inner = [sub for sub in node.body if isinstance(sub, ast.FunctionDef)]
-                self.sections[node.name] = node, start(inner[0]) - 1 if inner else node.end_lineno
+                self.add("", None, start(node) - 1)
+                inner = [sub for sub in node.body if isinstance(sub, ast.FunctionDef)
+                         and isinstance(node, ast.ClassDef)]  # methods: what is nested stays inside
+                self.add(node.name, node, start(inner[0]) - 1 if inner else node.end_lineno)
                 for sub in inner:
-                    self.sections[f"{node.name}.{sub.name}"] = sub, sub.end_lineno
-        self.home |= {name: module for name in self.sections}
-        scopes = [""] * len(self.lines)
-        for name, (node, end) in self.sections.items():
-            scopes[start(node) - 1 : end] = [name] * (end - start(node) + 1)
-        self.html = colour(self.text, scopes, module)
+                    self.add(f"{node.name}.{sub.name}", sub, sub.end_lineno)
+        self.add("", None, end)
+        self.functions = {name: node for name, node, _, _ in self.sections if name}
+        self.home = {alias.name: node.module for node in imported
+                     if isinstance(node, ast.ImportFrom) for alias in node.names}
+        self.home |= {name: module for name in self.functions}
+        scopes = [name for name, _, first, last in self.sections for _ in range(first, last + 1)]
+        self.html = colour(self.text, [""] * self.imports[1] + scopes, module)
 
-    def called(self, node, first, last):
-        """Full names of our functions that stand in some lines of a node, in their order."""
-        names = [(sub.lineno, sub.col_offset, sub.id) for sub in ast.walk(node)
-                 if isinstance(sub, ast.Name) and first <= sub.lineno <= last]
-        return list(dict.fromkeys(f"{self.home[name]}.{name}" for _, _, name in sorted(names)
-                                  if name in self.home))
+    def add(self, name, node, last):
+        self.sections.append((name, node, max([self.imports[1], *(s[3] for s in self.sections)]) + 1,
+                              last))
+
+    def called(self, lines):
+        """Full names of our functions that stand in some lines, in their order."""
+        found = []
+        for node in ast.walk(self.tree):
+            if getattr(node, "lineno", 0) in lines:
+                match node:
+                    case ast.Name(id=name) if name in self.home:
+                        full = f"{self.home[name]}.{name}"
+                    case ast.Attribute(attr=name) if name in METHODS:
+                        full = METHODS[name]
+                    case ast.Attribute(value=ast.Name(id=module), attr=name):
+                        full = f"{module}.{name}"
+                    case _:
+                        continue
+                found.append((node.lineno, node.col_offset, full))
+        return list(dict.fromkeys(full for _, _, full in sorted(found)))
 
     def code(self, numbers):
         return "\n".join(self.html[i - 1] for i in numbers).strip("\n")
 
+    def pieces(self, node, first, last):
+        """Lines -> [(kind, their numbers)]: "code", "say" (comments), "heading" or "guard"."""
+        doc, folded = (), set()
+        if node and ast.get_docstring(node):
+            doc = range(node.body[0].lineno, node.body[0].end_lineno + 1)
+        if node and not node.name.startswith("check_"):  # where to refuse is what it is for
+            for sub in ast.walk(node):
+                if is_guard(sub):
+                    folded |= set(range(sub.lineno, sub.end_lineno + 1))
 
-def start(node):
-    """The first line of a function or class, its decorators included."""
-    return min([node.lineno] + [decorator.lineno for decorator in node.decorator_list])
+        def kind(i):
+            comment = self.comments.get(i)
+            return ("guard" if i in folded else "code" if comment is None
+                    else "heading" if comment.startswith("-----") else "say")
 
-
-def rows_of(source, node, first, last):
-    """Lines of a file -> [(words, line numbers of code)]: a new row at each block of comments. The
-    docstring stands beside the line with `def`; headings are rows (heading, None)."""
-    doc = node.body[0] if ast.get_docstring(node) else None
-    rows, text, numbers = [], [], []
-    for i in range(first, last + 2):
-        comment = source.comments.get(i)
-        new = i == start(node) or comment is not None or i > last
-        if new and any(source.lines[j - 1].strip() for j in numbers):
-            rows.append(("\n".join(text), numbers))
-            text, numbers = [], []
-        if i > last:
-            break
-        if comment is not None and comment.startswith("-----"):
-            rows.append((comment.strip("- "), None))
-        elif comment is not None:
-            text.append(comment)
-        elif i == start(node):
-            text += ["", ast.get_docstring(node) or ""]
-        if comment is None and not (doc and doc.lineno <= i <= doc.end_lineno):
-            numbers.append(i)
-    return rows
+        groups = groupby((i for i in range(first, last + 1) if i not in doc), kind)
+        groups = [(name, list(numbers)) for name, numbers in groups]
+        return [(name, numbers) for name, numbers in groups
+                if any(self.lines[i - 1].strip() for i in numbers)]
 
 
-def grid_row(left, middle, code, css="row"):
-    code = f"<pre>{code}</pre>" if code else ""
-    return (f'<div class="{css}"><div class="paper-cell">{left}</div>'
-            f'<div class="words">{middle}</div><div class="code">{code}</div></div>')
+def note(html, css="note"):
+    return f'<div class="{css}">{html}</div>' if html else ""
 
 
-def section(source, name, first, example):
-    """A function: its rows, each with the equations of the steps that it calls, and its pencil."""
-    node, last = source.sections[name]
-    full, html = f"{source.module}.{name}", []
-    shown = {full}
-    for text, numbers in rows_of(source, node, first, last):
-        if numbers is None:
-            html.insert(0, f"<h2>{escape(text)}</h2>")
-            continue
-        left = ""
-        if start(node) in numbers:
-            html.append(f'<h3 id="{name}"><a href="#{name}">{name}</a></h3>')
-            left = equation(full) if full in FORMULAS else ""
-        for other in source.called(node, numbers[0], numbers[-1]):
-            if FORMULAS.get(other, ("",))[0] and other not in shown:  # a step of the paper
-                left += equation(other, link=True)
-                shown.add(other)
-        refs = [ref for ref in dict.fromkeys(SECTION.findall(text)) if ref not in left]
-        left += "".join(place(ref) for ref in refs)
-        text = re.sub(r"(?m)^( {4}\S.*?) {4,}(?=\S)", r"\1\n    ", text)  # two formulas in a line
-        html.append(grid_row(left, words(text), source.code(numbers)))
-    html += [pencil(source, name, example), "</section>"]
-    return "\n".join(["<section>", *html])
+def docstring(source, name, node):
+    """What stands beside a function: its equation, its docstring, and small what it refuses."""
+    full, text = f"{source.module}.{name}", ast.get_docstring(node) or ""
+    html = equation(full) if full in FORMULAS else ""
+    html += "".join(place(ref) for ref in dict.fromkeys(SECTION.findall(text)) if ref not in html)
+    refuses = []
+    if not node.name.startswith("check_"):
+        sentence = r"(?s)(?:(?<=[.:)]\s)|(?<=^)|(?<=\n))(Raises \w+Error|\w+Error)\b.*?\.(?=\s|$)"
+        refuses = [match[0] for match in re.finditer(sentence, text)]
+    for sentence in refuses:
+        text = text.replace(sentence, "")
+    text = re.sub(r"(?m)^( {4}\S.*?) {4,}(?=\S)", r"\1\n    ", text)  # two formulas in a line
+    return note(html + words(text, source.module)
+                + f'<div class="raises">{words(" ".join(refuses))}</div>' * bool(refuses))
+
+
+def section(source, name, node, first, last, example):
+    """A function: beside its code the equation, the docstring, and equations of the steps that it
+    calls; its comments stand where they stand in the file; below are its numbers."""
+    html, waiting, shown = [], [], {f"{source.module}.{name}"}
+    for kind, numbers in source.pieces(node, first, last):
+        indent = len(source.lines[numbers[0] - 1]) - len(source.lines[numbers[0] - 1].lstrip())
+        if kind == "heading":
+            heading = source.comments[numbers[0]].strip("- ")
+            html.append(f'</div></section><h2>{escape(heading)}</h2><section><div class="body">')
+        elif kind == "say":
+            said = "\n".join(source.comments[i] for i in numbers)
+            said = words(re.sub(r"(?m)^(\d+)\. ", r"\1\\. ", said), source.module)  # no list
+            waiting.append(f'<div class="say" style="padding-left:{indent}ch">{said}</div>')
+        elif kind == "guard":
+            lines = f"{len(numbers)} line" + "s" * (len(numbers) > 1)
+            html += [*waiting, f'<details class="guard"><summary style="padding-left:{indent}ch">'
+                     f"checks, {lines}</summary><pre>{source.code(numbers)}</pre></details>"]
+            waiting = []
+        else:
+            steps = [other for other in source.called(numbers)
+                     if FORMULAS.get(other, ("",))[0] and other not in shown]
+            shown |= set(steps)
+            html += [note(equation(other, link=True), "note step") for other in steps] + waiting
+            html.append(f"<pre>{source.code(numbers)}</pre>")
+            waiting = []
+    head = ""
+    if name:
+        head = f'<h3 id="{name}"><a href="#{name}">{name}</a></h3>'
+        html.insert(0, docstring(source, name, node))
+    html = "".join(['<section>', head, '<div class="body">', *html, *waiting,
+                    pencil(source, name, example), "</div></section>"])
+    return html.replace('<section><div class="body"></div></section>', "")
 
 
 def pencil(source, name, example):
-    """The row with the numbers: README's, the file's own worked example, or else a test."""
+    """The numbers of a function: the map's, the file's own worked example, or else a test."""
     full = f"{source.module}.{name}"
     text, lines, printed = PENCILS.get(full, ""), [], {}
     if example:
@@ -228,14 +287,13 @@ def pencil(source, name, example):
                       source.lines[statement.lineno - 1 : statement.end_lineno]]
             printed[len(lines)] = example[statement]
     elif full in equations.PENCIL_TESTS:
-        path, test = equations.PENCIL_TESTS[full].split("::")
-        lines = examples.lines_of_test(read(f"tests/{path}"), test)
-        text += f"\n\nA test of `tests/{path}`:"
+        lines, path = examples.lines_of_test(equations.PENCIL_TESTS[full])
+        text += f"\n\nA test of `tests/{path}`:" * bool(path)
     code = ""
     for i, line in enumerate(colour("\n".join(lines), [name] * len(lines), source.module), 1):
         output = escape(printed.get(i, "").rstrip())
         code += line + (f"<samp>{output}</samp>" if output else "\n")
-    return grid_row("", words(text), code.strip(), "row pencil") if text else ""
+    return f'<div class="pencil">{words(text)}<pre>{code.strip()}</pre></div>' if text else ""
 
 
 # ---------------------------------------------------------------------------- pages
@@ -243,9 +301,8 @@ def pencil(source, name, example):
 
 def glossary(html):
     """The symbols that a page has, each with its names in the code, its meaning and its unit."""
-    keys = [key for key in equations.SYMBOLS if f'data-sym="{key}"' in html]
     items = []
-    for key in keys:
+    for key in [key for key in equations.SYMBOLS if f'data-sym="{key}"' in html]:
         _, meaning, unit, _ = equations.SYMBOLS[key]
         places = re.findall(rf'<span class="sym" data-sym="{key}"[^>]*>(\w+)<', html)
         code = ", ".join(f"<code>{name}</code>" for name in dict.fromkeys(places))
@@ -257,8 +314,7 @@ def glossary(html):
 def page(name, title, body):
     """A whole HTML file, with style and script inside."""
     links = "".join(f'<a href="{other}.html"{" aria-current=page" if other == name else ""}>'
-                    f"{other if other == 'index' else other + '.py'}</a>"
-                    for other in ["index", *PAGES])
+                    f"{other}</a>" for other in ["index", *PAGES])
     parts = {"title": title, "links": links, "body": body, "style": read("docs/page.css"),
              "script": read("docs/page.js")}
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]].strip(),
@@ -267,59 +323,50 @@ def page(name, title, body):
 
 def file_page(source):
     """A page: what the file says first, its functions in order, its symbols."""
-    printed, sections = examples.of(source), []
-    first = source.imports[-1].end_lineno + 1
-    for name, (_, last) in source.sections.items():
-        sections.append(section(source, name, first, printed.get(name)))
-        first = last + 1
+    printed = examples.of(source)
     title, _, intro = ast.get_docstring(source.tree).partition("\n\n")
-    contents = "".join(f'<li><a href="#{name}">{name}</a></li>' for name in source.sections)
-    imports = source.code(range(source.imports[0].lineno, source.imports[-1].end_lineno + 1))
-    body = (f"<header><h1>{source.module}.py</h1>{words(title)}</header>"
-            f'<div class="intro">{words(intro)}</div>'
-            f'<nav class="contents" aria-label="functions"><ul>{contents}</ul></nav>'
-            f"<details><summary>imports</summary><pre>{imports}</pre></details>"
-            '<div class="row heads"><div>the paper</div><div>our words</div><div>the code</div>'
-            f'</div>{"".join(sections)}')
-    return page(source.module, f"{source.module}.py", body + glossary("".join(sections)))
+    sections = "".join(section(source, *one, printed.get(one[0])) for one in source.sections)
+    contents = "".join(f'<li><a href="#{name}">{name}</a></li>' for name in source.functions)
+    first, last = source.imports
+    return page(source.module, f"{source.module}.py", (
+        f"<header><h1>{source.module}.py</h1>{words(title, source.module)}</header>"
+        f'<div class="intro">{words(intro, source.module)}</div>'
+        f'<nav class="contents" aria-label="functions"><ul>{contents}</ul></nav>'
+        "<details><summary>imports</summary>"
+        f"<pre>{source.code(range(first, last + 1))}</pre></details>"
+        f"{sections}{glossary(sections)}"))
 
 
 def index_page(sources):
-    """The front: the files in their order, and the map with its equations."""
+    """The front: the loop as a picture, the files in their order, the map with its equations."""
     files = []
     for source in sources:
-        paragraphs = ast.get_docstring(source.tree).split("\n\n")
+        title, more, *_ = ast.get_docstring(source.tree).split("\n\n")
         files.append(f'<li><h2><a href="{source.module}.html">{source.module}.py</a></h2>'
-                     f"{words(paragraphs[0])}{words(paragraphs[1])}</li>")
+                     f"{words(title)}{words(more)}</li>")
     rows = []
     for row in equations.MAP:
-        links = [f'<a href="{LINKS[name.split(".")[1]]}">{name}</a>' if name.split(".")[1] in LINKS
-                 else name for name in row["functions"]]
+        links = [f'<a href="{LINKS[name]}">{name}</a>' for name in row["functions"]]
         formulas = "".join(lines_of(latex) for latex in row["functions"].values() if latex)
         said = escape(row["equation"].replace("\\|", "|"))
         cells = [row["paper"], formulas or said, "<br>".join(links), words(row["pencil"])]
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    body = ("<header><h1>The paper beside its code</h1>"
-            f'{words(read("docs/intro.md"))}</header><ol class="files">{"".join(files)}</ol>'
-            '<h2>The map</h2><div class="wide"><table><tr><th>paper</th><th>equation</th>'
-            f'<th>function</th><th>pencil example</th></tr>{"".join(rows)}</table></div>')
+    body = (f'<header><h1>The paper beside its code</h1>{words(read("docs/intro.md"))}</header>'
+            f'<div class="front">{read("docs/loop.svg")}<ol class="files">{"".join(files)}</ol>'
+            '</div><h2>The map</h2><table><tr><th>paper</th><th>equation</th>'
+            f'<th>function</th><th>pencil example</th></tr>{"".join(rows)}</table>')
     return page("index", "The paper beside its code", body + glossary(body))
 
 
-LINKS = {}  # function -> its place; words() and index_page() read it
-
-
 def build():
-    """{file name: text} of all that is made: the pages, and README with its map."""
+    """{file name: text} of all that is made."""
     sources = [Source(module) for module in PAGES]
-    LINKS.update({name: f"{source.module}.html#{name}" for source in sources
-                  for name in source.sections})
+    for source in sources:
+        LINKS[f"{source.module}.py"] = f"{source.module}.html"
+        LINKS.update({f"{source.module}.{name}": f"{source.module}.html#{name}"
+                      for name in source.functions})
     pages = {f"docs/{source.module}.html": file_page(source) for source in sources}
-    pages["docs/index.html"] = index_page(sources)
-    readme = read("README.md")
-    before, heading, after = readme.partition("\n## The map\n")
-    rest = after[after.index("\n\n") :]
-    return pages | {"README.md": before + heading + equations.readme_map() + rest}
+    return pages | {"docs/index.html": index_page(sources), "docs/map.md": equations.markdown()}
 
 
 if __name__ == "__main__":

@@ -1,21 +1,20 @@
-"""The one table of the paper's equations: README's map and the page (docs/build.py) are made of it.
+"""The one table of the paper's equations: map.md and the pages are made of it by build.py.
 
 An equation is LaTeX in which `<name>` stands for a symbol, by its key in SYMBOLS: so a symbol is
 one thing in the equation and in the code.
 """
 
-# The rows of README's map, as they stand there; and for the page the equation of each function, one
-# line or more. The pencil example is that of the first function, or of the one named in "of".
+# The rows of map.md, as they stand there; and for the pages the equation of each function, one line
+# or more. The pencil example is that of the first function, or of the one named in "of".
 MAP = [
     {"paper": "B.2, Table 4",
      "equation": "the prompt; a post that is too long is cut at newlines",
-     "functions": {"tldr.build_prompt": "", "tldr.encode_prompt": ""},
+     "functions": {"tldr.build_prompt": "", "tldr.encode_prompts": ""},
      "test": "test_tldr.py", "pencil": "`python tldr.py`"},
     {"paper": "3.4",
      "equation": "maximise log π(y\\|x) on references",
      "functions": {"sft.train_sft":
-                   r"\mathrm{loss} = -\frac{1}{<n_tokens>}\sum_{y, t}"
-                   r" \log <pi>(y_t \mid x, y_{\lt t})"},
+                   r"\mathrm{loss} = -<mean>[\log <pi>(y_t \mid x, y_{\lt t})]"},
      "test": "test_loop.py", "pencil": "log-probs (−1, −2, −.5) and (−1.5): loss 1.25"},
     {"paper": "3.4",
      "equation": "log π(y_t \\| x, y_<t), at one temperature",
@@ -30,7 +29,7 @@ MAP = [
      "pencil": "logits (2,0,0), (0,1,0), (0,0,3) and next tokens 1, 2, 1: "
                "−2.239545, −1.551445, −3.094923"},
     {"paper": "3.4",
-     "equation": "EOS ends the episode and is an action (so does any other end that the model names)",
+     "equation": "EOS ends the episode and is an action",
      "functions": {"lm.get_response_mask":
                    r"<mask>_t = 1 \;\text{ if }\; \sum_{s \lt t} <ends>_s = 0,"
                    r" \;\text{ else }\; 0"},
@@ -75,7 +74,7 @@ MAP = [
      "equation": "max(−Aρ, −A clip(ρ, 1−ε, 1+ε))",
      "functions": {"ppo.policy_loss":
                    r"<ratio> = <policy>(y_t) / <old>(y_t)"
-                   "\n" r"<mean>[\max(-<advantages> <ratio>,"
+                   "\n" r"<loss_p> = <mean>[\max(-<advantages> <ratio>,"
                    "\n" r"\qquad -<advantages> \,\mathrm{clip}(<ratio>, 1 - <clip_range>,"
                    r" 1 + <clip_range>))]"},
      "test": "test_ppo.py",
@@ -85,13 +84,13 @@ MAP = [
      "functions": {"ppo.value_loss":
                    r"<near_old> = \mathrm{clip}(<values>, <old_values> - <clip_range>,"
                    r" <old_values> + <clip_range>)"
-                   "\n" r"\frac{1}{2} <mean>[\max((<values> - <returns>)^2,"
-                   r" (<near_old> - <returns>)^2)]"},
+                   "\n" r"<loss_v> = \frac{1}{2} <mean>[\max((<values> - <returns>)^2,"
+                   "\n" r"\qquad (<near_old> - <returns>)^2)]"},
      "test": "test_ppo.py", "pencil": "V_old = 1, V = (1.5, 1.1, .5), R = 2: 0.616667"},
     {"paper": "3.4, G.1",
      "equation": "V starts as the reward model, and shares no weight with π",
-     "functions": {"ppo.other_networks": r"<reference> = <policy>, \quad <values> = <scores>"
-                                         r" \quad\text{at the start}"},
+     "functions": {"ppo.train_ppo": r"<reference> = <policy>, \quad <values> = <scores>"
+                                    r" \quad\text{at the start}"},
      "test": "test_loop.py", "pencil": "no number: both score alike before the first step"},
     {"paper": "B.1",
      "equation": "learning rates: PPO's linear, here to 1/(number of updates) of the first; "
@@ -131,17 +130,14 @@ OTHERS = {
         ("", r"<position_ids>_i = \max\left(0, \sum_{j \le i} <attention_mask>_j - 1\right)"),
     "lm.last_token_index": ("", r"\max\{i : <attention_mask>_i = 1\}"),
     "lm.next_token": ("3.4", r"y_t \sim \mathrm{softmax}\left(<logits> / <temperature>\right)"),
-    "lm.sample_responses": ("3.4", r"y \sim <pi>(\cdot \mid x), \quad <k> \;\text{times}"),
+    "lm.sample": ("3.4", r"y \sim <pi>(\cdot \mid x)"),
     "reward.RewardModel.score": ("3.4", r"<scores>(x, y)"),
-    "reward.final_scores": ("3.4", r"<scores>(x, y)"),
+    "reward.train_reward": ("3.4", r"<scores> = \operatorname{arg min}_r \;\mathrm{loss}(r)"),
     "reward.preference_accuracy": ("", r"<mean>\left[<chosen> \gt <rejected>\right]"),
     "ppo.penalize_missing_eos":
         ("silent; N+ detail 23", r"<scores>(x, y) \leftarrow <missing_eos> \;\text{ without EOS}"),
     "ppo.rollout":
         ("3.4", r"y \sim <old>(\cdot \mid x), \quad <old> = <policy> \;\text{ as it is}"),
-    "ppo.whiten_batch": ("silent; 2019 code",
-                         r"<advantages> \leftarrow"
-                         r" \frac{<advantages> - <mu>}{\sqrt{<variance> + 10^{-8}}}"),
     "ppo.response_values": ("3.4", r"<values>_t = <values>(x, y_{\lt t})"),
     "judge.wilson_interval":
         ("", r"(<share> - p)^2 = <z>^2 \,\frac{p (1 - p)}{<count>}"
@@ -151,6 +147,10 @@ OTHERS = {
              "\n" r"y_i \sim <pi>(\cdot \mid x)"),
     "judge.reward_model_judge":
         ("", r"\text{A} \;\text{ if }\; <scores>(x, y_A) \ge <scores>(x, y_B)"),
+    "toy.compare":
+        ("3.4", r"P(\text{A is chosen}) = \frac{1}{1 + \exp(-<log_odds>)}"
+                "\n" r"<log_odds> = \frac{<gap> + <length_bias> <more_words>}{<noise>}"),
+    "toy.label_ceiling": ("3.3", r"\frac{1}{n} \sum_{i=1}^{n} \frac{1}{1 + \exp(-|<log_odds>_i|)}"),
 }
 
 # key -> (LaTeX, meaning, unit, its names in the code). A name with a dot is valid only in that
@@ -158,18 +158,19 @@ OTHERS = {
 SYMBOLS = {
     "pi": (r"\pi", "the probability that the language model gives a token; log_probs is its "
            "logarithm", "log_probs: nats", "lm.log_probs lm.model sft.log_probs sft.model "
-           "best_of_n.model response_log_probs"),
+           "best_of_n.model response_log_probs rlhf_minimal.sft rlhf_minimal.model"),
     "policy": (r"\pi^{\mathrm{RL}}", "the policy, the language model that PPO trains; log_probs is "
                "its log π(y_t | x, y_<t)", "log_probs: nats", "policy log_probs"),
     "old": (r"\pi_{\mathrm{old}}", "the policy that wrote the summaries of this batch",
-            "old_log_probs: nats", "old_log_probs part.log_probs"),
+            "old_log_probs: nats", "old_log_probs part.log_probs batch.log_probs rollout.log_probs "
+            "Batch.log_probs"),
     "reference": (r"\pi^{\mathrm{SFT}}", "the supervised model, frozen: what the KL penalty holds "
                   "the policy to", "ref_log_probs: nats",
-                  "reference ref_log_probs part.ref_log_probs"),
+                  "reference ref_log_probs"),
     "kl_beta": (r"\beta", "weight of the KL penalty; paper: 0.05", "reward per nat", "kl_beta"),
     "scores": (r"r", "what the reward model says of a whole summary; references have mean 0",
                "log-odds of being preferred (one unit of reward)",
-               "scores score reward_model part.scores"),
+               "scores score reward_model"),
     "chosen": (r"r(x, y_i)", "score of the summary that the labeler preferred",
                "log-odds", "preference_loss.chosen preference_accuracy.chosen train_reward.better "
                "measure_reward_model.chosen"),
@@ -191,15 +192,15 @@ SYMBOLS = {
     "values": (r"V", "what the critic expects a summary still to earn, before action t", "reward",
                "ppo.values next_value critic"),
     "old_values": (r"V_{\mathrm{old}}", "the critic's value when the summaries were sampled",
-                   "reward", "old_values part.values"),
+                   "reward", "old_values part.values rollout.values Batch.values"),
     "near_old": (r"V_{\mathrm{clip}}", "the value, held within ε of the old one", "reward",
                  "near_old"),
     "returns": (r"\hat R", "advantage + value: what the critic learns to predict", "reward",
-                "returns part.returns"),
+                "returns"),
     "delta": (r"\delta", "how far one step went better than expected", "reward", "delta"),
     "advantages": (r"A", "how much better an action turned out than the critic expected",
                    "reward; after whitening, standard deviations",
-                   "advantages next_advantage part.advantages"),
+                   "advantages next_advantage"),
     "gamma": (r"\gamma", "discount of what comes a token later; paper: 1", "no unit", "gamma"),
     "lam": (r"\lambda", "trust in what happened over what the critic says; paper: 0.95", "no unit",
             "lam"),
@@ -207,6 +208,10 @@ SYMBOLS = {
               "no unit (log_ratio: nats)", "ratio log_ratio"),
     "clip_range": (r"\varepsilon", "how far ratio and value may move before the gradient stops; "
                    "2019 code: 0.2", "no unit (for values: reward)", "clip_range clip_range_value"),
+    "loss_p": (r"L^{\pi}", "the policy's loss: what its step makes smaller",
+               "that of A", "loss_p policy_loss.loss"),
+    "loss_v": (r"L^V", "the critic's loss: half the squared error of its values", "reward, squared",
+               "loss_v value_loss.loss"),
     "missing_eos": (r"c", "the score of a summary that never ended; N+: −1", "reward",
                     "penalize_missing_eos.value missing_eos"),
     "mu": (r"\mu", "mean over the masked entries", "that of x", "whiten.mean"),
@@ -215,11 +220,10 @@ SYMBOLS = {
     "x": (r"x", "any tensor of numbers, one for each token", "any",
           "whiten.x masked_mean.x zero_off.x"),
     "mask": (r"m", "1 where a token is an action of the summary, EOS included; 0 at padding",
-             "0 or 1", "mask part.mask"),
+             "0 or 1", "mask"),
     "attention_mask": (r"m", "1 at a real token, 0 at padding", "0 or 1",
                        "attention_mask query_mask response_mask pad.mask sample.mask "
-                       "sample_responses.mask score_summaries.mask answer_probabilities.mask "
-                       "get_position_ids.mask"),
+                       "write_summaries.mask score_summaries.mask"),
     "position_ids": (r"p", "the place of a token in its text, padding not counted", "tokens",
                      "position_ids"),
     "ends": (r"e", "1 where the token is an EOS", "0 or 1", "ends is_eos"),
@@ -229,8 +233,6 @@ SYMBOLS = {
     "temperature": (r"\tau", "divides the logits; 0 takes the likeliest token", "no unit",
                     "temperature"),
     "width": (r"T", "columns of the responses: tokens of the longest summary", "tokens", "width T"),
-    "k": (r"k", "summaries of each post", "a number", "k"),
-    "n_tokens": (r"N", "tokens of all summaries of the batch, EOS included", "tokens", "n_tokens"),
     "step": (r"s", "number of the step or update, from 0", "steps",
              "lm.step sft.step reward.step update"),
     "total": (r"S", "number of all steps or updates", "steps",
@@ -251,38 +253,45 @@ SYMBOLS = {
     "their_lengths": (r"\ell_{\mathrm{theirs}}", "length of theirs", "characters", "their_lengths"),
     "weights": (r"w", "the two coefficients a and b of the regression", "log-odds",
                 "length_controlled_win_rate.weights"),
-    "n": (r"n", "samples to choose the best from", "a number", "best_of_n.n best_of_n_kl.n"),
+    "n": (r"n", "samples to choose the best from", "a number", "best_of_n.n best_of_n_kl.n "
+          "settings.best_of_n"),
+    "log_odds": (r"\ell", "log-odds of the label: how sure the labeler is", "log-odds",
+                 "log_odds"),
+    "gap": (r"(q_A - q_B)", "difference of the two summaries in the labeler's taste",
+            "points of taste", "compare.gap"),
+    "length_bias": (r"b", "what a word more is worth to the labeler; 0 by default",
+                    "points of taste per word", "compare.length_bias"),
+    "more_words": (r"w", "how many words summary A is longer", "words", "more_words"),
+    "noise": (r"\nu", "temperature of the labels: with a large one the labeler slips often",
+              "points of taste", "NOISE"),
 }
 
-# Functions whose pencil example is neither in README's map nor in the file's own: a test of theirs
+# Functions whose pencil example is neither in the map nor in the file's own: a test of theirs
 PENCIL_TESTS = {
-    "lm.zero_off": "test_lm.py::test_zero_off_reads_nothing_off_the_mask",
-    "lm.pad": "test_lm.py::test_a_real_token_with_the_padding_id_stays_in_the_mask",
-    "lm.join": "test_lm.py::test_join_puts_queries_left_and_responses_right",
-    "lm.is_eos": "test_lm.py::test_response_mask_ends_at_the_first_of_several_eos",
-    "lm.next_token": "test_lm.py::test_top_p_keeps_no_token_after_the_one_that_reaches_it",
-    "lm.sample": "test_lm.py::test_a_padding_id_drawn_before_eos_is_an_ordinary_token",
-    "lm.encode_responses": "test_lm.py::test_encode_responses",
-    "lm.decode_response": "test_lm.py::test_decode_response",
-    "lm.cosine_schedule": "test_lm.py::test_cosine_schedule",
-    "reward.RewardModel.score":
-        "test_reward.py::test_the_score_is_read_at_eos_when_padding_is_eos",
-    "reward.response_scores":
-        "test_reward.py::test_scores_of_a_response_begin_at_the_end_of_the_post",
-    "reward.score_summaries": "test_reward.py::test_score_summaries_keeps_the_order",
-    "ppo.penalize_missing_eos": "test_ppo.py::test_without_eos_the_penalty_is_paid_and_the_kl_too",
-    "judge.best_of_n": "test_judge.py::test_best_of_n_takes_the_best_by_score",
-    "judge.quality_judge": "test_judge.py::test_quality_judge",
-    "judge.compare_summaries": "test_judge.py::test_every_policy_against_the_references",
-    "judge.length_accuracy": "test_loop.py::test_length_and_post_blind_baselines",
+    "lm.zero_off": "test_zero_off_reads_nothing_off_the_mask",
+    "lm.pad": "test_a_real_token_with_the_padding_id_stays_in_the_mask",
+    "lm.join": "test_join_puts_queries_left_and_responses_right",
+    "lm.next_token": "test_top_p_keeps_no_token_after_the_one_that_reaches_it",
+    "lm.sample": "test_a_padding_id_drawn_before_eos_is_an_ordinary_token",
+    "lm.encode_responses": "test_encode_responses",
+    "lm.cosine_schedule": "test_cosine_schedule",
+    "reward.RewardModel.score": "test_the_score_stands_at_the_last_real_token",
+    "reward.score_summaries": "test_score_summaries_keeps_the_order",
+    "ppo.penalize_missing_eos": "test_without_eos_the_penalty_is_paid_and_the_kl_too",
+    "judge.best_of_n": "test_best_of_n_takes_the_best_by_score",
+    "judge.quality_judge": "test_quality_judge",
+    "judge.compare_summaries": "test_every_policy_against_the_references",
 }
 
 
-def readme_map():
-    """The table of README's map, line by line."""
-    lines = ["| paper | equation | function | test | pencil example |", "|---|---|---|---|---|"]
+def markdown():
+    """map.md: the rows of MAP as a table."""
+    lines = ["# The map: each equation, its function, its test", "",
+             "The first column is the section of Stiennon et al. 2020. The last one is an example "
+             "that you can redo with a pencil; the function's test has it too.", "",
+             "| paper | equation | function | test | pencil example |", "|---|---|---|---|---|"]
     for row in MAP:
         functions = ", ".join(f"`{name}`" for name in row["functions"])
         cells = row["paper"], row["equation"], functions, f"`{row['test']}`", row["pencil"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "`python docs/build.py` writes this file from `equations.py`.", ""])

@@ -5,8 +5,11 @@ import contextlib
 import importlib
 import io
 import re
+from pathlib import Path
 
 import torch
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
 
 
 def short(text):
@@ -38,9 +41,9 @@ def of(source):
     that calls the same of another file, or has a parameter of that name; else to the one before."""
     space = dict(vars(importlib.import_module(source.module)))
     done, found, name = [], {}, None
-    functions = {name: node for name, (node, _) in source.sections.items()
+    functions = {name: node for name, node in source.functions.items()
                  if isinstance(node, ast.FunctionDef)}
-    for statement in source.main.body:
+    for statement in source.example:
         output = run(statement, space)
         needed, chain = ids(statement, ast.Load), [statement]  # what it was made from
         for earlier in reversed(done):
@@ -66,8 +69,11 @@ def of(source):
     return found
 
 
-def lines_of_test(source, name):
-    """The lines of one test of a file."""
-    found = [node for node in ast.parse(source).body if getattr(node, "name", "") == name]
-    assert found, f"docs/equations.py names {name}, a test that is not there"
-    return source.split("\n")[found[0].lineno - 1 : found[0].end_lineno]
+def lines_of_test(name):
+    """The lines of a test, and its file under tests/; no line where there is no such test."""
+    for path in sorted(TESTS.glob("test_*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if getattr(node, "name", "") == name:
+                return source.split("\n")[node.lineno - 1 : node.end_lineno], path.name
+    return [], ""
