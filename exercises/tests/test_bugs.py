@@ -6,8 +6,9 @@ hint. A bug that no test sees fails here, and so does one whose text is not in i
 """
 
 import contextlib
-import inspect
+import gc
 import json
+import linecache
 import multiprocessing
 import os
 import re
@@ -37,6 +38,13 @@ SLOW_TO_IMPORT = ["torch", "pytest", "transformers", "tokenizers", "safetensors.
                                  ("llama", "gpt2", "gptj", "gpt_neox", "qwen2"))]
 
 
+def text_of(function):
+    """Its source, to the next two blank lines (inspect.getsource takes a second for all tests)."""
+    code = function.__code__
+    lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
+    return "".join(lines).split("\n\n\n")[0]
+
+
 class Failures:
     """A plugin of pytest: tests that speak of `hint` come first; name and message of each failure
     are kept."""
@@ -45,7 +53,7 @@ class Failures:
         self.hint, self.found = hint, []
 
     def pytest_collection_modifyitems(self, items):
-        texts = {item: (item.name, inspect.getsource(item.function)) for item in items}
+        texts = {item: (item.name, text_of(item.function)) for item in items}
         for i in (1, 0):  # the name counts more than the text
             items.sort(key=lambda item: not re.search(self.hint, texts[item][i]))
 
@@ -71,6 +79,8 @@ def write_failures(folder, tests, hint, *options):
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # or what the parent has imported would be looked at again and again
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # those of other packages, slow to load
     os.chdir(folder)
     sys.path[:] = [path for path in sys.path if Path(path).resolve() != ROOT]
     plugin = Failures(hint)
