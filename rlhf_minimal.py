@@ -308,7 +308,7 @@ def make_parser(*configs):
     for config in configs:
         source = inspect.getsource(config)
         for field in fields(config):
-            words = re.search(rf"^    {field.name}:.*?  # (.*)$", source, re.M)[1]
+            words = (re.search(rf"^    {field.name}:.*?  # (.*)$", source, re.M) or ("", ""))[1]
             kind = {"action": "store_true"} if field.type is bool else {
                 "type": field.type, "metavar": "", "default": field.default}
             parser.add_argument(f"--{field.name}", **kind, help=words.replace("%", "%%")
@@ -345,8 +345,11 @@ def parse_settings(arguments):
     if unknown or settings.judge not in judge.JUDGES:
         return None
     check_settings(settings)
+    devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
     if settings.device == "auto":
-        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
+        settings.device = devices[-1]
+    if settings.device not in devices:
+        refuse(f"--device {settings.device}: expected auto, {' or '.join(devices)}")
     n = 1
     while Path(f"runs/tiny-{n}").exists():
         n += 1  # the first that is free, or to resume the last that is not
@@ -403,7 +406,7 @@ def main(arguments=()):
             told = json.loads(atlas.read_text(encoding="utf-8")) if atlas.exists() else {}
             report(run, results, samples, told.get("healthy"))
         return results
-    except (SettingError, DataError) as error:
+    except (SettingError, DataError, ModuleNotFoundError) as error:  # a hand-out has no engine
         sys.exit(f"rlhf_minimal: {error}")
     except (FloatingPointError, RuntimeError) as error:
         if "finite" not in str(error):
