@@ -191,15 +191,8 @@ def test_masked_mean_counts_tokens_not_summaries():
     x, mask = t([[.2, .4, .6], [1, 7, -9]]), t([[1, 1, 1], [1, 0, 0]])
     close(lm.masked_mean(x, mask), .55, "0.70 is the mean of the row means, 0.0333 counts the "
           "padding, 0.3667 divides by all six entries: divide the masked sum by the mask's sum")
-
-
-def test_masked_mean_gradient():
-    x, mask = t([[3, -1, 4], [1, 5, 9]]).requires_grad_(), t([[1, 1, 0], [1, 0, 0]])
-    lm.masked_mean(x, mask).backward()
-    close(x.grad, [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]], "the gradient is mask / sum(mask)")
-
-
-def test_masked_mean_extremes():
+    lm.masked_mean(x.requires_grad_(), mask).backward()
+    close(x.grad, [[.25, .25, .25], [.25, 0, 0]], "the gradient is mask / sum(mask)")
     one = t([[0, 0], [0, 1]])
     close(lm.masked_mean(t([[5, 6], [7, 8]]), one), 8., "one entry: its mean is itself")
     close(lm.masked_mean(t([-1e30, 1e30]), t([1, 1])), 0., "huge numbers")
@@ -213,15 +206,6 @@ def test_masked_mean_contract():
     ignores_what_is_masked(lm.masked_mean, x=x, mask=mask)
     same_for_all_mask_types(lm.masked_mean, x=x, mask=mask)
     keeps_types_and_inputs(lm.masked_mean, "x", x=x, mask=mask)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_masked_mean_against_a_loop(seed):
-    draw = random.Random(seed)
-    x = [[draw.gauss(0, 3) for _ in range(5)] for _ in range(4)]
-    mask = [[draw.random() < .5 for _ in range(5)] for _ in range(4)]
-    kept = [x[b][k] for b in range(4) for k in range(5) if mask[b][k]]
-    close(lm.masked_mean(t(x), torch.tensor(mask)), sum(kept) / len(kept), "loop oracle", 1e-12)
 
 
 def test_check_mask():
@@ -256,17 +240,14 @@ def test_check_finite_names_what_is_not(wrong):
 # ---------------------------------------------------------------------------- padding and masks
 
 
-def test_pad_left_and_right():
-    ids, mask = lm.pad([[5, 6, 7], [8]], 0, left=True)
-    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
-    ids, mask = lm.pad([[5, 6, 7], [8]], 9, left=False)
-    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]])
-    assert ids.dtype == torch.long
-
-
-def test_a_real_token_with_the_padding_id_stays_in_the_mask():
-    _, mask = lm.pad([[9, 5, 9], [8]], 9, left=True)  # pad = eos = 9
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]], "the mask is made from lengths, not ids != pad"
+@pytest.mark.parametrize("rows, pad_id, left, ids, mask", [
+    ([[5, 6, 7], [8]], 0, True, [[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]]),
+    ([[5, 6, 7], [8]], 9, False, [[5, 6, 7], [8, 9, 9]], [[1, 1, 1], [1, 0, 0]]),
+    ([[9, 5, 9], [8]], 9, True, [[9, 5, 9], [9, 9, 8]], [[1, 1, 1], [0, 0, 1]])])  # pad = EOS = 9
+def test_pad(rows, pad_id, left, ids, mask):
+    padded_ids, padded_mask = lm.pad(rows, pad_id, left)
+    assert padded_ids.tolist() == ids and padded_ids.dtype == torch.long
+    assert padded_mask.tolist() == mask, "the mask is made from lengths, not ids != pad"
 
 
 def test_join_puts_queries_left_and_responses_right():
@@ -312,58 +293,41 @@ def test_response_mask_keeps_the_first_eos():
                                     [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]], (
         "True up to and including the first EOS: EOS is an action, what follows it is not; without "
         "an EOS every token is an action; never made from ids != pad")
-
-
-@pytest.mark.parametrize("eos", [3, [3], [1, 3], torch.tensor([3, 1])])  # several end it as well
-def test_response_mask_against_a_loop(eos):
-    draw = random.Random(0)
-    rows = [[draw.randrange(4) for _ in range(6)] for _ in range(60)]
-    ends = set(eos if isinstance(eos, list) else torch.as_tensor(eos).view(-1).tolist())
-    assert lm.get_response_mask(torch.tensor(rows), eos).tolist() == [
-        [not ends & set(row[:k]) for k in range(6)] for row in rows]
-    assert lm.is_eos(torch.tensor(rows), eos).tolist() == [[x in ends for x in row] for row in rows]
+    for several in ([7, 9], [9, 7], torch.tensor([7, 9])):
+        assert lm.get_response_mask(responses, several).long().tolist() == [
+            [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0],
+            [1, 0, 0, 0]], "up to and including the first EOS of any kind"
+    assert lm.is_eos(responses[4], [7, 9]).tolist() == [False, True, True, True]
+    assert lm.is_eos(responses[4], 9).tolist() == [False, True, False, True]
 
 
 # ---------------------------------------------------------------------------- log-probabilities
 
-
 LOGITS = [[2, 0, 0], [0, 1, 0], [0, 0, 3], [1, 1, 1]]  # rows predict token 1, 2, 3 and (unused) 4
-LABELS = [0, 1, 2, 1]
-# log(e^2 + 2) = 2.239545, so token 1 has 0 - 2.239545; log(e + 2) = 1.551445, so token 2 has
-# 0 - 1.551445; log(e^3 + 2) = 3.094923, so token 1 has 0 - 3.094923
 
 
-def test_log_probs_shift_by_one():
-    log_probs = lm.get_log_probs(t([LOGITS]), torch.tensor([LABELS]))
-    close(log_probs, [[-2.239545, -1.551445, -3.094923]], "logits at p predict token p + 1: drop "
-          "the last row of logits and the first label. -0.239545 in front means that logits p were "
-          "read at label p", 1e-6)
-
-
-def test_log_probs_divide_the_logits_by_the_temperature():
+@pytest.mark.parametrize("logits, labels, temperature, expected, hint", [
+    # log(e^2 + 2) = 2.239545, so token 1 has 0 - 2.239545; log(e + 2) = 1.551445, so token 2 has
+    # 0 - 1.551445; log(e^3 + 2) = 3.094923, so token 1 has 0 - 3.094923
+    (LOGITS, [0, 1, 2, 1], 1., [-2.239545, -1.551445, -3.094923], "logits at p predict token p + 1:"
+     " drop the last row of logits and the first label. -0.239545 in front means that logits p were"
+     " read at label p"),
     # log(e^(2/.7) + 2) = 2.965876, and so on
-    log_probs = lm.get_log_probs(t([LOGITS]), torch.tensor([LABELS]), temperature=.7)
-    close(log_probs, [[-2.965876, -1.820142, -4.312870]], "log_softmax(logits / temperature): "
-          "neither multiplied, nor the log-probs divided afterwards")
-    cold = lm.get_log_probs(t([[[2, 0], [0, 0]]]), torch.tensor([[0, 0]]), .5)
-    close(cold, [[-math.log(1 + math.exp(-4))]], "the third argument is the temperature")
-
-
-def test_log_probs_gradient():
-    # d/dz log_softmax(z / T)[y] = (onehot(y) - softmax(z / T)) / T; z = [log 2, 0] T, T = 2
-    logits = t([[[2 * math.log(2), 0], [3, 3]]]).requires_grad_()
-    lm.get_log_probs(logits, torch.tensor([[0, 1]]), 2.).sum().backward()
-    close(logits.grad, [[[-1 / 3, 1 / 3], [0, 0]]],
-          "(onehot - [2/3, 1/3]) / 2 at the position before the token, zero at the last one")
-
-
-def test_log_probs_extremes():
-    for dtype in (torch.float32, torch.float64):
-        logits = t([[[1e4, 0, -1e4], [0, 1e4, 0], [0, 0, 0]]], dtype).requires_grad_()
-        log_probs = lm.get_log_probs(logits, torch.tensor([[0, 2, 1]]))
-        close(log_probs, [[-2e4, 0]], "log(softmax(x)) is -inf here: use log_softmax")
-        log_probs.sum().backward()
-        close(logits.grad, [[[-1, 0, 1], [0, 0, 0], [0, 0, 0]]], "onehot - softmax, finite")
+    (LOGITS, [0, 1, 2, 1], .7, [-2.965876, -1.820142, -4.312870], "log_softmax(logits / "
+     "temperature): neither multiplied, nor the log-probs divided afterwards"),
+    ([[1e4, 0, -1e4], [0, 1e4, 0], [0, 0, 0]], [0, 2, 1], 1., [-2e4, 0],
+     "log(softmax(x)) is -inf here: use log_softmax"),
+])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log_probs_by_hand(logits, labels, temperature, expected, hint, dtype):
+    logits = t([logits, logits[:1] * len(logits)], dtype).requires_grad_()
+    log_probs = lm.get_log_probs(logits, torch.tensor([labels, [0] * len(labels)]), temperature)
+    close(log_probs[0], expected, hint)
+    log_probs[0].sum().backward()
+    # d/dz log_softmax(z / T)[y] = (onehot(y) - softmax(z / T)) / T, zero at the last position
+    onehot = torch.nn.functional.one_hot(torch.tensor(labels[1:]), 3)
+    slope = (onehot - (logits[0, :-1].detach() / temperature).softmax(-1)) / temperature
+    close(logits.grad[0], [*slope.tolist(), [0, 0, 0]], "onehot - softmax, by the temperature")
 
 
 def test_log_probs_of_half_precision_logits_are_not_rounded():
@@ -387,19 +351,6 @@ def test_log_probs_contract():
         with pytest.raises(ValueError, match="temperature"):
             lm.get_log_probs(logits, labels, temperature)
     keeps_types_and_inputs(lm.get_log_probs, "logits", logits=logits, labels=labels)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_log_probs_against_a_loop(seed):
-    draw = random.Random(seed)
-    logits = [[[draw.gauss(0, 4) for _ in range(5)] for _ in range(6)] for _ in range(3)]
-    labels = [[draw.randrange(5) for _ in range(6)] for _ in range(3)]
-    temperature = draw.uniform(.3, 2)
-    expected = [[logits[b][k - 1][labels[b][k]] / temperature
-                 - math.log(sum(math.exp(z / temperature) for z in logits[b][k - 1]))
-                 for k in range(1, 6)] for b in range(3)]
-    actual = lm.get_log_probs(t(logits), torch.tensor(labels), temperature)
-    close(actual, expected, "loop oracle", 1e-11)
 
 
 # ---------------------------------------------------------------------------- sampling, by table
@@ -453,22 +404,16 @@ def test_a_padding_id_drawn_before_eos_is_an_ordinary_token(eos, expected):
     assert responses.tolist() == expected, "only EOS ends a response, each one where there are two"
 
 
-def test_sample_refuses_unequal_shapes():
+def test_sample_refuses_what_has_no_meaning():
     ids, mask = start([3, 5])
+    given = {"max_new_tokens": 2, "eos_token_id": 1, "pad_token_id": 1}
+    sample = functools.partial(lm.sample, table_model(surely([0, 0])))
     for wrong in (mask[:1], mask[:, :1], mask[:, 1:], mask[0], mask[None]):
-        with pytest.raises(ValueError) as error:
-            lm.sample(table_model(surely([0, 0])), ids, wrong, 2, eos_token_id=1, pad_token_id=1)
-        assert all(word in str(error.value) for word in (
-            "input_ids (2, 3)", f"attention_mask {tuple(wrong.shape)}")), error.value
-
-
-@pytest.mark.parametrize("wrong", [{"temperature": -.5}, {"top_p": 0.}, {"top_p": 1.5},
-                                   {"max_new_tokens": 0}])
-def test_sample_refuses_settings_without_a_meaning(wrong):
-    settings = {"max_new_tokens": 2, "temperature": 1., "top_p": 1., **wrong}
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        lm.sample(table_model(surely([0, 0])), *start([0]), eos_token_id=1, pad_token_id=1,
-                  **settings)
+        refused(functools.partial(sample, **given), {"input_ids": ids, "attention_mask": wrong},
+                ["input_ids", "attention_mask"])
+    for name, x in (("temperature", -.5), ("top_p", 0.), ("top_p", 1.5), ("max_new_tokens", 0)):
+        with pytest.raises(ValueError, match=name):
+            sample(ids, mask, **{**given, name: x})
 
 
 def test_a_token_is_not_drawn_from_nan():
@@ -504,46 +449,35 @@ def fits(counts, expected, hint):
     assert chi_square.sum() < 21.1, f"{hint}: {(counts / n).tolist()}, not {expected.tolist()}"
 
 
-ROOTS = [math.sqrt(p) for p in PROBS]  # [.387298, .707107, .316228, .5], together 1.910633
-KEPT = math.sqrt(.15) + math.sqrt(.5) + math.sqrt(.25)
-DRAWS = [
-    ({}, PROBS, "no top_k, no penalty, every token at its probability"),
-    ({"steps": 4}, PROBS, "no top_k, no penalty, and so at the fourth token"),
-    # p^(1/.5) = [.0225, .25, .01, .0625] / .345
-    ({"temperature": .5}, [.0225 / .345, .25 / .345, .01 / .345, .0625 / .345],
-     "temperature .5 squares the probabilities"),
-    ({"temperature": 2.}, [x / sum(ROOTS) for x in ROOTS], "temperature 2: roots"),
-    ({"temperature": 0.}, [0, 1, 0, 0], "temperature 0 is greedy"),
-    ({"top_p": .45}, [0, 1, 0, 0], ".5 alone crosses .45; without it nothing is left"),
-    ({"top_p": .6}, [0, 2 / 3, 0, 1 / 3], ".5, then .25 crosses .6; renormalised"),
-    ({"top_p": .8}, [.15 / .9, .5 / .9, 0, .25 / .9], ".5 + .25 + .15 crosses .8"),
-    ({"top_p": .95}, PROBS, "all four are needed to reach .95"),
-    ({"top_p": 1e-6}, [0, 1, 0, 0], "the most likely token is always kept"),
+@pytest.mark.parametrize("settings, kept, hint", [
+    ({}, [0, 1, 2, 3], "no top_k, no penalty, every token at its probability"),
+    ({"steps": 4}, [0, 1, 2, 3], "no top_k, no penalty, and so at the fourth token"),
+    ({"temperature": .5}, [0, 1, 2, 3], "temperature .5 squares the probabilities"),
+    ({"temperature": 2.}, [0, 1, 2, 3], "temperature 2: roots"),
+    ({"temperature": 0.}, [1], "temperature 0 is greedy"),
+    ({"top_p": .45}, [1], ".5 alone crosses .45; without it nothing is left"),
+    ({"top_p": .6}, [1, 3], ".5, then .25 crosses .6; renormalised"),
+    ({"top_p": .8}, [0, 1, 3], ".5 + .25 + .15 crosses .8"),
+    ({"top_p": .95}, [0, 1, 2, 3], "all four are needed to reach .95"),
+    ({"top_p": 1e-6}, [1], "the most likely token is always kept"),
     # squared and renormalised the largest is .25 / .345 = .7246: it alone reaches .7
-    ({"top_p": .7, "temperature": .5}, [0, 1, 0, 0], "top_p of softmax(logits / T)"),
+    ({"top_p": .7, "temperature": .5}, [1], "top_p of softmax(logits / T)"),
     # the roots are [.2027, .3701, .1655, .2617]: .3701 + .2617 = .6318 misses .75, + .2027 crosses
-    ({"top_p": .75 - 1e-3, "temperature": 2.},
-     [ROOTS[0] / KEPT, ROOTS[1] / KEPT, 0, ROOTS[3] / KEPT], "top_p of softmax(logits / T)"),
-]
+    ({"top_p": .749, "temperature": 2.}, [0, 1, 3], "top_p of softmax(logits / T)"),
+])
+def test_sample_draws_from_the_softmax(settings, kept, hint):
+    power = 1 / (settings.get("temperature") or 1)  # softmax(log p / T) ~ p^(1/T)
+    weights = [p**power * (i in kept) for i, p in enumerate(PROBS)]
+    fits(frequencies(**settings), [x / sum(weights) for x in weights], hint)
 
 
-@pytest.mark.parametrize("settings, expected, hint", DRAWS)
-def test_sample_draws_from_the_softmax(settings, expected, hint):
-    fits(frequencies(**settings), expected, hint)
-
-
-def test_top_p_keeps_no_token_after_the_one_that_reaches_it():
-    generator = torch.Generator().manual_seed(0)  # four tokens of exactly 1/4: two reach 1/2
-    drawn = lm.next_token(torch.zeros(200, 4), 1., .5, generator)
-    assert len(set(drawn.tolist())) == 2, "the smallest set whose probability is at least top_p"
-
-
-def test_sample_draws_unlikely_tokens_too():
+def test_every_token_may_be_drawn_and_top_p_stops_where_it_is_reached():
     # log-probs in equal steps over 200 tokens; the 100 least likely have 1 / (1 + e^2) = .119 of it
-    logits = torch.linspace(0, 4, 200).expand(4000, 200)
-    drawn = lm.next_token(logits, 1., 1., torch.Generator().manual_seed(0))
-    share = (drawn < 100).double().mean().item()
+    generator, logits = torch.Generator().manual_seed(0), torch.linspace(0, 4, 200).expand(4000, 200)
+    share = (lm.next_token(logits, 1., 1., generator) < 100).double().mean().item()
     assert abs(share - .1192) < .02, f"{share}: no top-k, the log-probs are those of all tokens"
+    drawn = lm.next_token(torch.zeros(200, 4), 1., .5, generator)  # 1/4 each: two reach 1/2
+    assert len(set(drawn.tolist())) == 2, "the smallest set whose probability is at least top_p"
 
 
 def test_sample_draws_from_its_generator_only():
@@ -553,17 +487,12 @@ def test_sample_draws_from_its_generator_only():
         "sample with a generator moved the global random state")
     assert torch.equal(first, again), "one seed, two results"
     assert not torch.equal(first, other), "another seed, the same result"
-
-
-def test_sample_without_a_generator_obeys_manual_seed():
     model = table_model([[0.] * 5] * 5)
-
-    def draw(seed):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return lm.sample(model, *start([0] * 20), 3, eos_token_id=4, pad_token_id=4).tolist()
-
-    assert draw(0) == draw(0) != draw(1)
+    drawn = []
+    for seed in (0, 0, 1):  # without a generator
+        torch.manual_seed(seed)
+        drawn.append(lm.sample(model, *start([0] * 20), 3, eos_token_id=4, pad_token_id=4).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 # ---------------------------------------------------------------------------- on real models
@@ -704,31 +633,20 @@ def test_write_summaries(batch_size):
     assert texts == ["a b", "ededed", "b", "", "b", "<"], (
         "a text for each query, in its order: up to the first EOS, without outer white space, whole "
         "where it never ended")
-
-
-def test_summaries_are_drawn_from_the_given_generator_and_do_not_see_each_other():
     before, even = torch.get_rng_state(), table_model([[0.] * 12] * 12)
-    drawn = [lm.write_summaries(even, Letters(), [[5]] * 9, 6, 1., lm.generator_for(seed), 4)
-             for seed in (3, 3, 4)]
+    drawn = [lm.write_summaries(even, Letters(), [[5]] * 9, 6, 1., lm.generator_for(seed),
+                                batch_size) for seed in (3, 3, 4)]
     assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 5, "one seed, one result"
     assert torch.equal(torch.get_rng_state(), before), "the global random state was moved"
-    config = CONFIGS["gpt2"]()
-    config.vocab_size = 12
-    alone, batch = (lm.write_summaries(build(config), Letters(), [[5, 6, 7, 8, 9], [10], [3, 4]], 6, 0., None, size)
-                    for size in (1, 99))
-    assert alone == batch and len(set(alone)) > 1, "queries are padded on the left, and masked"
 
 
 # ---------------------------------------------------------------------------- schedules
 
 
-def test_linear_schedule():
-    # 1.5e-5 (1 - u / 4) for u = 0 .. 3
-    close([1.5e-5 * lm.linear_schedule(u, 4) * 1e5 for u in range(4)], [1.5, 1.125, .75, .375],
-          "the first update has the full rate, the last one 1 / total of it")
-
-
-def test_cosine_schedule():
-    # 3e-6 (1 + cos(pi s / 4)) / 2 for s = 0 .. 4
-    close([3 * lm.cosine_schedule(s, 4) for s in range(5)], [3, 2.560660, 1.5, .439340, 0],
-          "half a cosine wave, from 1 to 0")
+@pytest.mark.parametrize("schedule, rate, expected, hint", [
+    # 1.5 (1 - u / 4) for u = 0 .. 3; 3 (1 + cos(pi s / 4)) / 2 for s = 0 .. 4
+    (lm.linear_schedule, 1.5, [1.5, 1.125, .75, .375],
+     "the first update has the full rate, the last one 1 / total of it"),
+    (lm.cosine_schedule, 3, [3, 2.560660, 1.5, .439340, 0], "half a cosine wave, from 1 to 0")])
+def test_schedules(schedule, rate, expected, hint):
+    close([rate * schedule(step, 4) for step in range(len(expected))], expected, hint)

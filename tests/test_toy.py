@@ -1,13 +1,15 @@
 """The tiny world: the labeler's taste is what the docstring says, and the world is honest."""
 
 import math
-import multiprocessing
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import toy
+from tldr import DataError
 
 POSTS = toy.make_posts(60, seed=3)
 POST = {  # written out, so that qualities can be worked by hand
@@ -152,60 +154,55 @@ def test_a_summary_with_no_right_fact_has_no_confused_copy(monkeypatch):
 def test_equal_pairs_are_left_out(monkeypatch):
     monkeypatch.setattr(toy, "confused_pair", lambda post, rng: ("My boss sold my car.",) * 2)
     assert toy.make_comparisons(POSTS, [], [], "seed") == []
-
-
-def test_nobody_waits_for_a_perfect_writer_to_fail(monkeypatch):
     monkeypatch.setattr(toy, "write_summary", lambda post, rng, terse: toy.ideal_summary(post))
     assert toy.reference_summary(POST, 0) == toy.ideal_summary(POST)  # an end, after DRAWS
 
 
-def test_more_posts_than_there_are_is_refused(monkeypatch):
-    # two people, one pair of asides, six sentences in any order
-    monkeypatch.setattr(toy, "FACTS", {"who": ("boss", "sister"), "did": ("sold",),
-                                       "what": ("car",), "feels": ("hurt",), "asks": ("sue",)})
+@pytest.mark.parametrize("who, posts", [
+    (("boss", "sister"), 720),  # two people, one pair of asides, six sentences in any order: 1440
+    (("boss",) * 4, 0)])  # one value four times: more posts by count, and no more that differ
+def test_nobody_waits_for_posts_that_do_not_come(who, posts, monkeypatch):
+    monkeypatch.setattr(toy, "FACTS", {"who": who, "did": ("sold",), "what": ("car",),
+                                       "feels": ("hurt",), "asks": ("sue",)})
     monkeypatch.setattr(toy, "WRONG", 0)  # there is no other value to get wrong
     monkeypatch.setattr(toy, "ASIDES", toy.ASIDES[:2])
-    assert toy.number_of_posts() == 2 * 1 * 720
-    assert len({post["post"] for post in toy.make_posts(720, 0)}) == 720
-    with pytest.raises(ValueError, match="can't give 721 different posts, at most 720: lower toy_"):
-        toy.make_posts(721, 0)
+    monkeypatch.setattr(toy, "DRAWS", 3 if not posts else toy.DRAWS)
+    most = toy.number_of_posts() // 2
+    assert most == len(who) * 720 // 2
+    assert len({post["post"] for post in toy.make_posts(posts, 0)}) == posts
+    with pytest.raises(DataError, match=f"can't give {most + (posts > 0)} different posts, at most "
+                                        f"{most}: lower toy_"):
+        toy.make_posts(most + (posts > 0), 0)
 
 
-def test_nobody_waits_for_posts_that_do_not_come(monkeypatch):
-    # one value four times: four times as many posts by count, and no more that are different
-    monkeypatch.setattr(toy, "FACTS", {"who": ("boss",) * 4, "did": ("sold",), "what": ("car",),
-                                       "feels": ("hurt",), "asks": ("sue",)})
-    monkeypatch.setattr(toy, "WRONG", 0)
-    monkeypatch.setattr(toy, "ASIDES", toy.ASIDES[:2])
-    monkeypatch.setattr(toy, "DRAWS", 3)
-    with pytest.raises(ValueError, match="can't give 1440 different posts"):
-        toy.make_posts(1440, 0)
-    assert toy.make_posts(0, 0) == []
+def test_no_post_is_in_two_parts_of_the_data():
+    settings = SimpleNamespace(seed=0, toy_held_out=7, toy_comparisons=80, toy_posts=30)
+    state = random.getstate()
+    posts, held_out, compared, compared_held_out = parts = toy.make_data(settings)
+    assert [len(part) for part in parts] == [30, 7, 80, 10]  # an eighth of the comparisons
+    assert len({post["post"] for part in parts for post in part}) == 127
+    assert toy.make_data(settings) == parts and random.getstate() == state
+    settings.seed = 1
+    assert toy.make_data(settings)[0] != posts
 
 
-@pytest.mark.slow
-def test_two_million_confused_pairs():
-    posts, rng, equal = toy.make_posts(20_000, seed=1), random.Random(2), 0
-    for _ in range(100):
-        for post in posts:
-            summary, confusion = toy.confused_pair(post, rng)
-            equal += summary == confusion
-    # WRONG^3 (who, did, what), times chance .25 each that feeling and question are left out or, if
-    # told, wrong as well: 6.4e-5 * (.25 + .75 * .04)^2 = 5.0e-6, so 10 are expected of two million
-    assert 1 <= equal <= 30
+def test_swapped_pairs_differ_in_one_fact():
+    ideal, swapped = toy.swapped_fact_pairs(POSTS, 0)
+    assert ideal == list(map(toy.ideal_summary, POSTS))
+    for post, text in zip(POSTS, swapped):
+        assert toy.true_quality(post, text) == 2.0, "four facts right, one wrong: 4 - 2"
+    assert toy.swapped_fact_pairs(POSTS, 0)[1] == swapped != toy.swapped_fact_pairs(POSTS, 1)[1]
 
 
-def world_of(seed):
-    """Of a default run's data, the posts that are compared and the pairs that need no model."""
-    posts = toy.make_posts(500 + 3000 + 24000, seed)  # held out, compared, and no more than that
-    return len(toy.make_comparisons(posts[-12000:], [], [], f"train {seed}"))
-
-
-@pytest.mark.slow
-def test_the_data_of_seeds_0_to_200():
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        kept = pool.map(world_of, range(201))
-    assert min(kept) >= 11_990 and max(kept) == 12_000
+def test_what_is_compared_and_by_whom():
+    rows = toy.make_comparisons(POSTS[:3], ["My boss.", "I."], ["It."], 0)
+    assert [sorted(row["policies"]) for row in rows] == [
+        ["sft", "sft"], ["ref", "sft"], ["confused", "human"]]
+    texts = [dict(zip(row["policies"], (row["chosen"], row["rejected"]))) for row in rows]
+    assert {rows[0]["chosen"], rows[0]["rejected"]} == {"My boss.", "It."}
+    assert texts[1] == {"sft": "I.", "ref": POSTS[1]["summary"]}
+    assert toy.true_quality(POSTS[2], texts[2]["human"]) > toy.true_quality(
+        POSTS[2], texts[2]["confused"]) and [row["post"] for row in rows] == POSTS[:3]
 
 
 def test_fact_accuracy_counts_stated_facts():
@@ -215,8 +212,6 @@ def test_fact_accuracy_counts_stated_facts():
 
 
 def test_tokenizer_gives_every_text_back_and_reloads(tmp_path):
-    from transformers import AutoTokenizer
-
     tokenizer = toy.make_tokenizer([f" {post['post']}" for post in POSTS])
     tokenizer.save_pretrained(tmp_path)
     for some in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
