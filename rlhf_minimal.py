@@ -182,7 +182,7 @@ def write(tokenizer, settings, model, posts, temperature=0.0, *stream):
 
 OURS = ("results.json", "report.md", "metrics.jsonl", "samples.jsonl", "curves.png", "sft",
         "reward_model", "critic", "policy", "unfinished", "config.json")  # what a run leaves
-MAY_DIFFER = ("resume", "restart", "output_dir", "environment")  # of a run that goes on
+MAY_DIFFER = ("resume", "restart", "output_dir", "environment", "files")  # of a run that goes on
 
 
 class Run:
@@ -200,11 +200,11 @@ class Run:
             if not settings.resume and not settings.restart:
                 raise SettingError(f"{name} already holds a run: choose a new folder, go on with "
                                    "--resume, or throw that run away with --restart")
-            for key in config.keys() - set(MAY_DIFFER) if settings.resume else ():
-                if old.get(key) != config[key]:
-                    raise SettingError(f"{name}: can't be resumed, {key} was {old.get(key)} and is "
-                                       f"now {config[key]}; put it back, or begin anew with "
-                                       "--restart")
+            was, now = (some | some.get("files", {}) for some in (old, config))  # each by its name
+            for key in now if settings.resume else ():
+                if key not in MAY_DIFFER and was.get(key) != now[key]:
+                    raise SettingError(f"{name}: can't be resumed, {key} was {was.get(key)} and is "
+                                       f"now {now[key]}; put it back, or begin anew with --restart")
             for ours in OURS if settings.restart else ():
                 self.remove(ours)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -260,8 +260,8 @@ class Run:
 def describe(settings):
     """What config.json holds: settings, versions, and a digest of each file a result depends on."""
     commit = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True)
-    files = {name: hashlib.sha256((ROOT / f"{name}.py").read_bytes()).hexdigest()[:16] for name in
-             ("rlhf_minimal", "sft", "reward", "ppo", "judge", "lm", "tldr", "toy")}
+    files = {f"{name}.py": hashlib.sha256((ROOT / f"{name}.py").read_bytes()).hexdigest()[:16]
+             for name in ("rlhf_minimal", "sft", "reward", "ppo", "judge", "lm", "tldr", "toy")}
     environment = {name: version(name) for name in ("torch", "transformers")}
     return {**vars(settings), "preset": "tiny", "files": files, "environment": {
         "git_commit": commit.stdout.decode().strip() or None, "threads": torch.get_num_threads(),
