@@ -74,7 +74,7 @@ SICK = (
     Sick("the reference is the policy itself", "kl_per_summary",
          "KL is exactly 0 in every update, which no policy that learns can have. All else may "
          "look healthy: one of three runs ends far worse, one dips, as nothing holds the policy. "
-         "Look at other_networks: the reference is a frozen copy."),
+         "Look at the first lines of train_ppo: the reference is a copy."),
     Sick("nothing is clipped", "policy_clip_fraction kl_per_summary",
          "The clip fraction is exactly 0, although the rate is 1e-3 instead of 3e-4. KL jumps "
          "within ten updates, and the win rate stays below the band; in two of three runs the "
@@ -117,20 +117,34 @@ def band(runs):
     return found
 
 
+# What a run with a bug does, in the copy it is planted in: the stages that are given are there
+# already, as in a run that is resumed, so that it begins where the bug does.
+GIVEN_STAGES = """
+import shutil, sys
+import rlhf_minimal
+
+healthy, stages, *arguments = sys.argv[1:]
+settings = rlhf_minimal.parse_settings(arguments)
+run = rlhf_minimal.Run(settings)
+for stage in stages.split():
+    shutil.copytree(f"{healthy}/{stage}", run.folder / stage)
+rlhf_minimal.run_all(run, settings)
+"""
+
+
 def run_sick(healthy, job):
     """The curves of one bug with one seed; those up to where it stopped, if it did."""
     sick, seed = job
-    given = ["--sft_model", healthy / seed / "sft"]
-    if not sick.new_reward_model:
-        given += ["--reward_model", healthy / seed / "reward_model"]
+    stages = "sft" if sick.new_reward_model else "sft reward_model"
     with tempfile.TemporaryDirectory() as folder:
-        copied = copy_project(Path(folder, "copy"))
+        (copied := Path(folder, "copy")).mkdir()
+        copy_project(copied)
         for bug in BUGS:
             if bug.name.removesuffix(" (notebook)") == sick.bug:
                 plant(bug, copied)
-        subprocess.run([sys.executable, copied / "rlhf_minimal.py", "--seed", seed, "--judge",
-                        "labeler", "--output_dir", Path(folder, "run"), *given, *sick.settings],
-                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        subprocess.run([sys.executable, "-c", GIVEN_STAGES, healthy / seed, stages, "--seed", seed,
+                        "--output_dir", Path(folder, "run"), *sick.settings],
+                       cwd=copied, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})
         return {"bug": sick.bug, "seed": seed, "curves": curves(Path(folder, "run"))}
 
@@ -169,7 +183,7 @@ def draw(path, healthy, runs):
                         fontweight="bold")
         row[0].annotate(textwrap.fill(sick.told, 210), (0, -0.25), xycoords="axes fraction",
                         va="top")
-    fig.suptitle("PPO with one fault a row: three runs in red, ten healthy runs in grey, over 40 "
+    fig.suptitle("PPO with one fault a row: three runs in orange, ten healthy runs in grey, over 40 "
                  "updates; a line at the edge is beyond it", fontweight="bold")
     fig.savefig(path, dpi=75)
 

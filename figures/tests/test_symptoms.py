@@ -5,6 +5,7 @@ import json
 import pytest
 from bugs import BUGS
 
+import rlhf_minimal
 from figures import symptoms
 
 pytest.importorskip("matplotlib")
@@ -93,3 +94,20 @@ def test_the_picture_is_drawn(tmp_path):
         name: [(step, low) for step, low, _ in told["healthy"][name]] for _, name in symptoms.CURVES}}
     symptoms.draw(tmp_path / "atlas.png", told["healthy"], [run])
     assert (tmp_path / "atlas.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug, new_reward_model", [
+    ("the reference is the policy itself", False), ("no bug of the catalogue", True)])
+def test_a_sick_run_begins_where_its_bug_does(bug, new_reward_model, tmp_path):
+    rlhf_minimal.main(["--seed", "3", "--fast_dev_run", "--output_dir", str(tmp_path / "3")])
+    (healthy,) = [symptoms.curves(tmp_path / "3")]
+    sick = symptoms.Sick(bug, "", "", ("--fast_dev_run",), new_reward_model)
+    run = symptoms.run_sick(tmp_path, (sick, "3"))
+    assert run["bug"] == bug and run["seed"] == "3"
+    if new_reward_model:  # no bug: the reward model is trained as it was, and so is all else
+        assert run["curves"] == healthy
+    else:
+        assert [kl for _, kl in run["curves"]["kl_per_summary"]] == [0, 0]
+        assert run["curves"]["reward"][0] == healthy["reward"][0], "the reward model is the same"
+        assert healthy["kl_per_summary"][1][1] != 0
