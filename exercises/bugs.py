@@ -268,8 +268,8 @@ BUGS = [
         "the penalty is not the paper's: its gradient is about 0 near the SFT model", "3.4"),
     Bug("the score is paid at every token (notebook)", "ppo.py",
         "return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))",
-        "return rewards + scores[:, None].to(rewards.dtype) * mask", "every token",
-        "long summaries win, whatever they say", "3.4"),
+        "return rewards + scores[:, None].to(rewards.dtype) * mask",
+        "every token|own last action", "long summaries win, whatever they say", "3.4"),
     Bug("the score is paid at the last column", "ppo.py",
         "last = mask.long().cumsum(1).argmax(1, keepdim=True)",
         "last = torch.full_like(mask[:, :1], mask.shape[1] - 1, dtype=torch.long)",
@@ -390,7 +390,7 @@ BUGS = [
         "    log_probs, ref_log_probs, values = (\n"
         "        x[best] for x in (log_probs, ref_log_probs, values))\n"
         "    rewards = kl_penalized_rewards(scores,",
-        "best.of|is not summary",
+        "best.of|summaries of a post",
         "with several summaries a post, the reward that is logged is too good, and does not rise",
         "3.4, G.3"),
     Bug("rollouts are drawn at temperature 1, whatever is set (notebook)", "ppo.py",
