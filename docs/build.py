@@ -177,8 +177,8 @@ class Source:
         self.html = colour(self.text, [""] * self.imports[1] + scopes, module)
 
     def add(self, name, node, last):
-        self.sections.append((name, node, max([self.imports[1], *(s[3] for s in self.sections)]) + 1,
-                              last))
+        first = self.sections[-1][3] + 1 if self.sections else self.imports[1] + 1
+        self.sections.append((name, node, first, last))
 
     def called(self, lines):
         """Full names of our functions that stand in some lines, in their order."""
@@ -232,7 +232,7 @@ def docstring(source, name, node):
     html += "".join(place(ref) for ref in dict.fromkeys(SECTION.findall(text)) if ref not in html)
     refuses = []
     if not node.name.startswith("check_"):
-        sentence = r"(?s)(?:(?<=[.:)]\s)|(?<=^)|(?<=\n))(Raises \w+Error|\w+Error)\b.*?\.(?=\s|$)"
+        sentence = r"(?s)(?:(?<=[.:)]\s)|(?<=^)|(?<=\n))(Raises\s+\w+Error|\w+Error)\b.*?\.(?=\s|$)"
         refuses = [match[0] for match in re.finditer(sentence, text)]
     for sentence in refuses:
         text = text.replace(sentence, "")

@@ -150,7 +150,8 @@ OTHERS = {
     "toy.compare":
         ("3.4", r"P(\text{A is chosen}) = \frac{1}{1 + \exp(-<log_odds>)}"
                 "\n" r"<log_odds> = \frac{<gap> + <length_bias> <more_words>}{<noise>}"),
-    "toy.label_ceiling": ("3.3", r"\frac{1}{n} \sum_{i=1}^{n} \frac{1}{1 + \exp(-|<log_odds>_i|)}"),
+    "toy.label_ceiling":
+        ("", r"\frac{1}{n} \sum_{i=1}^{n} \frac{1}{1 + \exp(-|<log_odds>_i|)}"),
 }
 
 # key -> (LaTeX, meaning, unit, its names in the code). A name with a dot is valid only in that
@@ -268,19 +269,22 @@ SYMBOLS = {
 
 # Functions whose pencil example is neither in the map nor in the file's own: a test of theirs
 PENCIL_TESTS = {
+    "toy.true_quality": "test_taste_by_hand",
+    "toy.fact_accuracy": "test_fact_accuracy_counts_stated_facts",
+    "toy.label_ceiling": "test_label_ceiling_counts_the_likelier_label",
     "lm.zero_off": "test_zero_off_reads_nothing_off_the_mask",
-    "lm.pad": "test_a_real_token_with_the_padding_id_stays_in_the_mask",
+    "lm.pad": "test_pad",
     "lm.join": "test_join_puts_queries_left_and_responses_right",
-    "lm.next_token": "test_top_p_keeps_no_token_after_the_one_that_reaches_it",
+    "lm.next_token": "test_every_token_may_be_drawn_and_top_p_stops_where_it_is_reached",
     "lm.sample": "test_a_padding_id_drawn_before_eos_is_an_ordinary_token",
     "lm.encode_responses": "test_encode_responses",
-    "lm.cosine_schedule": "test_cosine_schedule",
+    "lm.cosine_schedule": "test_schedules",
     "reward.RewardModel.score": "test_the_score_stands_at_the_last_real_token",
-    "reward.score_summaries": "test_score_summaries_keeps_the_order",
     "ppo.penalize_missing_eos": "test_without_eos_the_penalty_is_paid_and_the_kl_too",
     "judge.best_of_n": "test_best_of_n_takes_the_best_by_score",
     "judge.quality_judge": "test_quality_judge",
-    "judge.compare_summaries": "test_every_policy_against_the_references",
+    "judge.length_accuracy": "test_length_and_post_blind_baselines",
+    "tldr.truncate_post": "test_truncate_post",
 }
 
 
@@ -294,4 +298,5 @@ def markdown():
         functions = ", ".join(f"`{name}`" for name in row["functions"])
         cells = row["paper"], row["equation"], functions, f"`{row['test']}`", row["pencil"]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", "`python docs/build.py` writes this file from `equations.py`.", ""])
+    lines += ["", "`python docs/build.py` writes this file from `equations.py`.", ""]
+    return "\n".join(lines)

@@ -75,5 +75,6 @@ def lines_of_test(name):
         source = path.read_text(encoding="utf-8")
         for node in ast.parse(source).body:
             if getattr(node, "name", "") == name:
-                return source.split("\n")[node.lineno - 1 : node.end_lineno], path.name
+                first = min(line.lineno for line in [node, *node.decorator_list])
+                return source.split("\n")[first - 1 : node.end_lineno], path.name
     return [], ""
