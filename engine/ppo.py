@@ -241,9 +241,8 @@ def explained_variance(batch):
     """1 - Var(R - V) / Var(R) over all actions of an update, R the returns and V the critic's
     values before it. 1: it foresees each return; 0: it knows no more than their mean; below: less.
     """
-    errors = all_of([(part.returns - part.values)[part.mask] for part in batch]).var(correction=0)
-    returns = all_of([part.returns[part.mask] for part in batch]).var(correction=0)
-    return 1 - (errors / returns.clamp(min=1e-8)).item()
+    errors = all_of([(part.returns - part.values)[part.mask] for part in batch]).var()
+    return 1 - (errors / all_of([part.returns[part.mask] for part in batch]).var()).item()
 
 
 def log_update(run, update, lr, batch, sums, n_steps):
