@@ -7,10 +7,16 @@ that the other one has to follow.
 """
 
 import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -21,6 +27,7 @@ from engine import packing
 from engine import ppo as engine_ppo
 from engine import reward as engine_reward
 from engine import sft as engine_sft
+from engine.processes import rank, start_processes
 from engine.settings import ModelConfig
 
 VOCAB, EOS = 40, 2
@@ -222,3 +229,69 @@ def test_packing_is_really_tried():
     """A model of each kind reads two summaries beside each other where it may."""
     for kind in ("gpt2", "llama"):
         assert packing.shares_post(language_model(kind), 2, 20) == 2
+
+
+# ---------------------------------------------------------------------------- two processes
+
+
+def all_stages(train_sft, train_reward, train_ppo, policy, model):
+    """The three stages one after the other, by one house; returns what they trained."""
+    queries = token_lists(12, 3, 9, 2)
+    responses, others = (token_lists(12, 1, 6, seed, [EOS]) for seed in (3, 6))
+    config = settings(sft_batch_size=8, sft_epochs=3, reward_batch_size=8, reward_epochs=3)
+    train_sft(policy, queries, responses, 0, config)
+    train_reward(model, list(zip(queries, responses, others)), 0, config)
+    critic = train_ppo(policy, model, queries, TOKENIZER, config)
+    return {f"{name}/{key}": tensor for name, part in (
+        ("policy", policy), ("reward", model), ("critic", critic))
+        for key, tensor in part.state_dict().items()}
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path, monkeypatch, precision):
+    """Each process draws its own summaries, so here both houses get those of the plain one."""
+    precision(False)
+    run, batches = Run(), watched(ppo, monkeypatch)
+    policy, (model, _) = language_model("llama"), reward_models("llama", False)
+    weights = all_stages(
+        lambda *given: sft.train_sft(*given, 5, run.log),
+        lambda *given: reward.train_reward(*given, 5, run.log),
+        lambda *given: ppo.train_ppo(*given, 5, run.log), policy, model)
+    texts = []  # of each update, by post
+    for batch in batches:
+        T = batch.mask.shape[1]
+        texts.append([[row[:-T][real[:-T] == 1].tolist(), row[-T:][mask].tolist()] for
+                      row, real, mask in zip(batch.input_ids, batch.attention_mask, batch.mask)])
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc_per_node", "2", __file__, str(tmp_path)], check=True, timeout=300,
+                   env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    for name, tensor in load_file(tmp_path / "weights.safetensors").items():
+        same(weights[name], tensor, exact=False)
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    same_lines(run.lines, lines, exact=False)
+
+
+def in_one_of_two(folder):
+    """What each of the two processes does: the engine's stages, on its share of the rows."""
+    start_processes("cpu")
+    torch.set_default_dtype(torch.float64)
+    updates = iter(json.loads((folder / "texts.json").read_text()))
+
+    def given(model, tokenizer, queries, *_):
+        texts = {tuple(query): response for query, response in next(updates)}
+        return [texts[tuple(query)] for query in queries]
+
+    engine_ppo.sample_responses, run = given, Run()
+    policy, (_, model) = language_model("llama"), reward_models("llama", False)
+    weights = all_stages(partial(engine_sft.train_sft, run),
+                         partial(engine_reward.train_reward, run),
+                         partial(engine_ppo.train_ppo, run), policy, model)
+    if rank() == 0:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()},
+                  folder / "weights.safetensors")
+        (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.lines))
+
+
+if __name__ == "__main__":
+    in_one_of_two(Path(sys.argv[1]))
