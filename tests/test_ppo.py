@@ -32,12 +32,6 @@ def gauss(draw, batch, width, scale=1.):
     return [[draw.gauss(0, scale) for _ in range(width)] for _ in range(batch)]
 
 
-def needs_an_action_in_every_row(function, **arguments):
-    mask = arguments["mask"].clone()
-    mask[1] = 0
-    refused(function, {**arguments, "mask": mask}, ["mask"])
-
-
 # ---------------------------------------------------------------------------- no EOS
 
 
@@ -47,17 +41,6 @@ def test_penalize_missing_eos_replaces_the_score():
           "replaced by -1 where no EOS was sampled, also a score below -1; -4 and 1 subtract")
     close(penalize_missing_eos(scores, ended, value=-2.5), [.5, -2.5, -2.5, 7], "value is a choice")
     close(penalize_missing_eos(scores, ended, -.25), [.5, -.25, -.25, 7], "the third argument")
-
-
-def test_penalize_missing_eos_contract():
-    scores, ended = torch.tensor([.5, -3., 2.]), torch.tensor([1, 0, 1])
-    for dtype in (torch.bool, torch.long, torch.float32):
-        poisoned = penalize_missing_eos(torch.tensor([.5, math.nan, 2.]), ended.to(dtype))
-        close(poisoned, [.5, -1, 2], "what is replaced is not read")
-    for wrong in (ended[:1], ended[0], ended[:, None], ended[None], ended[:2]):
-        refused(penalize_missing_eos, {"scores": scores, "mask_has_eos": wrong},
-                ["scores", "mask_has_eos"])
-    keeps_types_and_inputs(penalize_missing_eos, "scores", scores=scores, mask_has_eos=ended)
 
 
 # ---------------------------------------------------------------------------- reward
@@ -85,17 +68,6 @@ def test_kl_penalized_rewards_end_everywhere():
           "each row's score at its own last action, and nothing behind it: no KL for padding")
 
 
-def test_without_eos_the_penalty_is_paid_and_the_kl_too():
-    score = penalize_missing_eos(t([2]), t([0]))
-    rewards = kl_penalized_rewards(score, t([LOG_PROBS]), t([REF_LOG_PROBS]), t([MASK]), .05)
-    close(rewards.sum(), -1.01, "-1 - .05 * .2")
-
-
-def test_kl_beta_zero_leaves_the_score():
-    rewards = kl_penalized_rewards(t([2]), t([LOG_PROBS]), t([REF_LOG_PROBS]), t([MASK]), 0.)
-    close(rewards, [[0, 0, 2, 0]], "no KL, only the score")
-
-
 def test_the_penalty_is_the_kl_divergence_in_expectation():
     # All four one-token summaries. KL(p || q) = .5 log 2 + .25 log 1 + 2 * .125 log(1/2)
     # = (.5 - .25) log 2 = .173287; the other way round it is (.5 - .25) log 2 as well, so take a
@@ -114,40 +86,6 @@ def test_kl_penalized_rewards_extremes():
         rewards = kl_penalized_rewards(t([1e4], dtype), t([[-1e4, -1]], dtype),
                                        t([[-1, -1e4]], dtype), t([[1, 1]]), .05)
         close(rewards, [[499.95, 1e4 - 499.95]], "linear in the log-ratio, so nothing overflows")
-
-
-def test_kl_penalized_rewards_contract():
-    arguments = {"log_probs": noise(4, 3), "ref_log_probs": noise(4, 3, seed=1),
-                 "mask": some_masks(4, 3)}
-    scores = noise(4, seed=2)
-
-    def rewards(log_probs, ref_log_probs, mask, scores=scores):
-        return kl_penalized_rewards(scores, log_probs, ref_log_probs, mask, .1)
-
-    refuses_shapes(rewards, **arguments)
-    for wrong in (scores[:1], scores[0], scores[:, None], scores[None], scores[:3]):
-        refused(rewards, {**arguments, "scores": wrong}, ["scores", "mask"])
-    refuses_empty_masks(rewards, **arguments)
-    needs_an_action_in_every_row(rewards, **arguments)
-    ignores_what_is_masked(rewards, **arguments)
-    same_for_all_mask_types(rewards, **arguments)
-    keeps_types_and_inputs(rewards, "log_probs", "ref_log_probs", "scores", scores=scores,
-                           **arguments)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_kl_penalized_rewards_against_a_loop(seed):
-    draw = random.Random(seed)
-    log_probs, ref_log_probs = gauss(draw, 5, 4), gauss(draw, 5, 4)
-    scores, lengths = gauss(draw, 1, 5)[0], [draw.randrange(1, 5) for _ in range(5)]
-    expected = []
-    for b in range(5):
-        row = [.3 * (ref_log_probs[b][k] - log_probs[b][k]) for k in range(lengths[b])]
-        row[-1] += scores[b]
-        expected.append(row + [0.] * (4 - lengths[b]))
-    mask = torch.tensor([[k < length for k in range(4)] for length in lengths])
-    close(kl_penalized_rewards(t(scores), t(log_probs), t(ref_log_probs), mask, .3), expected,
-          "loop oracle", 1e-12)
 
 
 # ---------------------------------------------------------------------------- GAE
@@ -213,22 +151,6 @@ def test_gae_is_detached():
             "raise its own target, and the policy loss would train the critic")
 
 
-def test_gae_of_one_token():
-    advantages, returns = compute_gae(t([[3]]), t([[.5]]), torch.ones(1, 1), .9, .5)
-    close(advantages, [[2.5]], "R - V, nothing follows")
-    close(returns, [[3]], "R")
-
-
-def test_gae_contract():
-    arguments = {"rewards": noise(4, 3), "values": noise(4, 3, seed=1), "mask": some_masks(4, 3)}
-    refuses_shapes(compute_gae, **arguments)
-    refuses_empty_masks(compute_gae, **arguments)
-    needs_an_action_in_every_row(compute_gae, **arguments)
-    ignores_what_is_masked(compute_gae, **arguments)
-    same_for_all_mask_types(compute_gae, **arguments)
-    keeps_types_and_inputs(compute_gae, "rewards", "values", **arguments)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_gae_against_a_double_sum(seed):
     draw = random.Random(seed)
@@ -279,26 +201,6 @@ def test_whiten_extremes(dtype):
     close(whiten(t([[-1e8, 1e8]], dtype), torch.ones(1, 2)), [[-1, 1]], "large numbers")
 
 
-def test_whiten_contract():
-    arguments = {"x": noise(4, 3) + 2, "mask": some_masks(4, 3)}
-    refuses_shapes(whiten, **arguments)
-    refuses_empty_masks(whiten, **arguments)
-    ignores_what_is_masked(whiten, **arguments)
-    same_for_all_mask_types(whiten, **arguments)
-    keeps_types_and_inputs(whiten, "x", **arguments)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_whiten_against_a_loop(seed):
-    draw = random.Random(seed)
-    x, mask = gauss(draw, 4, 5, 3.), [[draw.random() < .6 for _ in range(5)] for _ in range(4)]
-    kept = [x[b][k] for b in range(4) for k in range(5) if mask[b][k]]
-    mean = sum(kept) / len(kept)
-    std = math.sqrt(sum((value - mean) ** 2 for value in kept) / len(kept) + 1e-8)
-    expected = [[(x[b][k] - mean) / std if mask[b][k] else 0. for k in range(5)] for b in range(4)]
-    close(whiten(t(x), torch.tensor(mask)), expected, "loop oracle", 1e-12)
-
-
 # ---------------------------------------------------------------------------- policy loss
 
 RATIOS, ADVANTAGES = [1.5, 1.5, .5, .5, 1.1], [1, -1, 1, -1, 2]
@@ -336,15 +238,6 @@ def test_policy_loss_gradient():
     assert not clip_fraction.requires_grad, "a number to look at, not a loss"
 
 
-def test_policy_loss_clip_range():
-    # ratio .85, A = -1: at .1 the clipped loss .9 wins over .85; at .2 nothing is clipped
-    arguments = t([[.85]]).log(), t([[0]]), t([[-1]]), torch.ones(1, 1)
-    for clip_range, expected in ((.1, (.9, 1)), (.2, (.85, 0))):
-        loss, clip_fraction = policy_loss(*arguments, clip_range)
-        close(loss, expected[0], "clip to [1 - clip_range, 1 + clip_range]")
-        close(clip_fraction, expected[1], "clip fraction")
-
-
 def test_policy_loss_counts_tokens_not_summaries():
     # At ratio 1 the loss is the masked mean of -A: (1 + 2 + 3 + 4) / 4
     advantages = -t([[1, 2, 3, 50], [4, 50, 50, 50]])
@@ -359,12 +252,6 @@ def test_clip_fraction_counts_actions_only():
     _, clip_fraction = policy_loss(log_probs, t([[0] * 4] * 2), t([[1] * 4] * 2),
                                    t([[1, 1, 0, 0], [1, 1, 0, 0]]))
     close(clip_fraction, .25, "1 of 4 actions; 5/8 counts the padding")
-
-
-def test_policy_loss_with_whitened_advantages_starts_at_zero():
-    advantages = whiten(noise(5, 4).double(), some_masks(5, 4))
-    same = noise(5, 4, seed=1).double()
-    close(policy_loss(same, same, advantages, some_masks(5, 4))[0], 0., "-mean(A) = 0", 1e-12)
 
 
 def test_policy_loss_gradient_is_the_policy_gradient():
@@ -404,17 +291,6 @@ def test_policy_loss_has_a_finite_gradient_even_where_the_loss_overflows(dtype):
     loss.backward()
     assert log_probs.grad.isfinite().all() and not loss.isnan(), "one token must not break the step"
     close(log_probs.grad[:, 1:], [[-1 / 3, -1 / 3]], "and the others learn as ever")
-
-
-def test_policy_loss_contract():
-    arguments = {"log_probs": noise(4, 3), "old_log_probs": noise(4, 3, seed=1),
-                 "advantages": noise(4, 3, seed=2), "mask": some_masks(4, 3)}
-    refuses_shapes(policy_loss, **arguments)
-    refuses_empty_masks(policy_loss, **arguments)
-    ignores_what_is_masked(policy_loss, **arguments)
-    same_for_all_mask_types(policy_loss, **arguments)
-    # the clip fraction too is in the type of the inputs
-    keeps_types_and_inputs(policy_loss, "log_probs", "old_log_probs", "advantages", **arguments)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -468,15 +344,6 @@ def test_value_loss_gradient():
     assert not clip_fraction.requires_grad, "a number to look at, not a loss"
 
 
-def test_value_loss_clip_range():
-    # V 1.5, old 1, return 2: at .1 the clipped error is .9^2; at .6 nothing is clipped
-    arguments = t([[1.5]]), t([[1]]), t([[2]]), torch.ones(1, 1)
-    for clip_range, expected in ((.1, (.405, 1)), (.6, (.125, 0))):
-        loss, clip_fraction = value_loss(*arguments, clip_range)
-        close(loss, expected[0], "clip to old_values +- clip_range")
-        close(clip_fraction, expected[1], "clip fraction")
-
-
 def test_value_loss_counts_tokens_not_summaries():
     # at the old value: half the mean of 1, 4, 9, 16 = 30 / 8
     zeros, mask = torch.zeros(2, 4).double(), t([[1, 1, 1, 0], [1, 0, 0, 0]])
@@ -485,12 +352,6 @@ def test_value_loss_counts_tokens_not_summaries():
     _, clip_fraction = value_loss(zeros + 1, zeros, t([[1, 0, 1, 1], [0, 1, 1, 1]]), mask)
     close(clip_fraction, .5, "V = 1, clipped .2: a larger error where the return is 1, at 2 of the "
           "4 actions")
-
-
-def test_total_loss():
-    policy, _ = policy_loss(t([RATIOS]).log(), t([[0] * 5]), t([ADVANTAGES]), torch.ones(1, 5))
-    value, _ = value_loss(t([[1.5, 1.1, .5]]), t([[1] * 3]), t([[2] * 3]), torch.ones(1, 3))
-    close(policy + .1 * value, -.258333, "-.32 + .1 * .616667, the 1/2 inside the value loss")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -512,17 +373,6 @@ def test_value_loss_extremes(dtype):
     close(values.grad, [[1e4 / 3, -10002 / 3, 0]], "(V - R) / 3", 1e-5)
 
 
-def test_value_loss_contract():
-    arguments = {"values": noise(4, 3), "old_values": noise(4, 3, seed=1),
-                 "returns": noise(4, 3, seed=2), "mask": some_masks(4, 3)}
-    refuses_shapes(value_loss, **arguments)
-    refuses_empty_masks(value_loss, **arguments)
-    ignores_what_is_masked(value_loss, **arguments)
-    same_for_all_mask_types(value_loss, **arguments)
-    # the clip fraction too is in the type of the inputs
-    keeps_types_and_inputs(value_loss, "values", "old_values", "returns", **arguments)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_value_loss_against_a_loop(seed):
     draw = random.Random(seed)
@@ -540,6 +390,43 @@ def test_value_loss_against_a_loop(seed):
     loss, clip_fraction = value_loss(t(values), t(old), t(returns), torch.tensor(mask), .3)
     close(loss, total / count / 2, "loop oracle", 1e-12)
     close(clip_fraction, clipped / count, "loop oracle, clip fraction")
+
+
+# ---------------------------------------------------------------------------- what all keep to
+
+
+def rewards_of(log_probs, ref_log_probs, mask, scores=noise(4, seed=2)):
+    return kl_penalized_rewards(scores.to(log_probs.dtype), log_probs, ref_log_probs, mask, .1)
+
+
+@pytest.mark.parametrize("function, names", [
+    (rewards_of, "log_probs ref_log_probs"), (compute_gae, "rewards values"), (whiten, "x"),
+    (policy_loss, "log_probs old_log_probs advantages"), (value_loss, "values old_values returns")])
+def test_shapes_masks_and_types(function, names):
+    names = names.split()
+    arguments = {**{name: noise(4, 3, seed=i) for i, name in enumerate(names)},
+                 "mask": some_masks(4, 3)}
+    refuses_shapes(function, **arguments)
+    refuses_empty_masks(function, **arguments)
+    ignores_what_is_masked(function, **arguments)
+    same_for_all_mask_types(function, **arguments)
+    keeps_types_and_inputs(function, *names, **arguments)  # the clip fraction too
+    if function in (rewards_of, compute_gae):  # an action in every row, and a score
+        arguments["mask"] = torch.tensor([[1, 0, 0], [0, 0, 0], [1, 1, 0], [1, 1, 1]])
+        refused(function, arguments, ["mask"])
+
+
+def test_one_score_for_each_row():
+    arguments, scores = {"log_probs": noise(4, 3), "ref_log_probs": noise(4, 3),
+                         "mask": some_masks(4, 3)}, noise(4)
+    for wrong in (scores[:1], scores[0], scores[:, None], scores[None], scores[:3]):
+        refused(rewards_of, {**arguments, "scores": wrong}, ["scores", "mask"])
+        refused(penalize_missing_eos, {"scores": scores, "mask_has_eos": wrong},
+                ["scores", "mask_has_eos"])
+    for dtype in (torch.bool, torch.long, torch.float32):
+        poisoned = penalize_missing_eos(t([.5, math.nan, 2]), t([1, 0, 1]).to(dtype))
+        close(poisoned, [.5, -1, 2], "what is replaced is not read")
+    keeps_types_and_inputs(penalize_missing_eos, "scores", scores=scores, mask_has_eos=scores > 0)
 
 
 # ---------------------------------------------------------------------------- a bandit
