@@ -23,6 +23,7 @@ import sft
 import toy
 from lm import generator_for
 from test_lm import build
+from test_ppo import log_probs_of, scores_of, slow_rollout
 
 TOKENIZER = SimpleNamespace(eos_token_id=9, pad_token_id=0)
 QUERIES = [[3, 4, 5], [6, 7], [5], [8, 3, 3, 4]] * 2
@@ -261,20 +262,6 @@ class SlowAdam:
                 p.data -= lr * m / (v.sqrt() + self.eps)
 
 
-def log_probs_of(model, query, response, temperature=1.0):
-    """log pi of each token of the response, a row alone: nothing is padded or masked."""
-    logits = model(input_ids=torch.tensor([query + response])).logits[0] / temperature
-    return [logits[len(query) + k - 1].log_softmax(0)[token] for k, token in enumerate(response)]
-
-
-def scores_of(model, query, response):
-    """V before each action, and last the score of the whole."""
-    hidden = model.trunk(input_ids=torch.tensor([query + response])).last_hidden_state[0]
-    scores = [(h * model.head.weight[0]).sum() + model.head.bias[0] - model.reference_mean
-              for h in hidden]
-    return scores[len(query) - 1 :]
-
-
 def cosine(step, total):
     return (1 + math.cos(math.pi * step / total)) / 2
 
@@ -320,30 +307,11 @@ def slow_ppo(policy, reward_model, responses, seed, c):
                                 for model in (policy, critic))
     n_updates, place = c.ppo_episodes // c.ppo_batch_size, 0
     for update in range(n_updates):
-        rows = []
-        for number, written in enumerate(responses[update]):
-            query = QUERIES[(place + number) // c.return_sequences % len(QUERIES)]
-            y = written[: written.index(9) + 1] if 9 in written else written
-            old = [x.item() for x in log_probs_of(policy, query, y, c.temperature)]
-            ref = [x.item() for x in log_probs_of(reference, query, y, c.temperature)]
-            values = [x.item() for x in scores_of(critic, query, y)][:-1]
-            score = scores_of(reward_model, query, y)[-1].item() if 9 in y else c.missing_eos
-            rewards = [-c.kl_beta * (a - b) for a, b in zip(old, ref)]
-            rewards[-1] += score
-            advantages, following = [0.0] * len(y), 0.0
-            for k in reversed(range(len(y))):
-                after = values[k + 1] if k + 1 < len(y) else 0.0
-                following = rewards[k] + c.gamma * after - values[k] + c.gamma * c.lam * following
-                advantages[k] = following
-            returns = [a + v for a, v in zip(advantages, values)]
-            rows.append(SimpleNamespace(query=query, y=y, old=old, values=values, returns=returns,
-                                        advantages=advantages, score=score))
+        queries = [QUERIES[(place + i) // c.return_sequences % len(QUERIES)]
+                   for i in range(c.ppo_batch_size)]
+        rows = slow_rollout(policy, reference, reward_model, critic,
+                            zip(queries, responses[update]), 9, c)
         place += len(rows)
-        every = [a for row in rows for a in row.advantages]
-        variance = sum((a - mean(every)) ** 2 for a in every) / len(every)
-        for row in rows:
-            row.advantages = [(a - mean(every)) / math.sqrt(variance + 1e-8)
-                              for a in row.advantages]
         lr, steps = c.ppo_lr * (1 - update / n_updates), []
         for epoch in range(c.ppo_epochs):
             shuffled = torch.randperm(len(rows), generator=generator_for(

@@ -8,8 +8,9 @@ import torch
 
 import ppo
 from lm import generator_for
-from test_loop import PAIRS, QUERIES, TOKENIZER, Log, SlowAdam, close_weights, config, cosine
-from test_loop import exact, log_probs_of, scores_of  # noqa: F401 (exact is a fixture)
+from test_loop import (PAIRS, QUERIES, TOKENIZER, Log, SlowAdam, close_weights, config, cosine,
+                       exact)  # noqa: F401 (a fixture)
+from test_ppo import log_probs_of, slow_rollout
 from variants import dpo, rloo
 
 
@@ -43,7 +44,8 @@ def test_dpo_loss_by_hand():
 
 def test_rloo_against_an_oracle(exact, monkeypatch):  # noqa: F811
     policy, reward_model = exact
-    slow, reference, drawn, sample, log = *(copy.deepcopy(policy) for _ in "12"), [], ppo.sample, Log()
+    slow, reference = copy.deepcopy(policy), copy.deepcopy(policy)
+    drawn, sample, log = [], ppo.sample, Log()
 
     def watched(*arguments, **named):
         drawn.append(sample(*arguments, **named))
@@ -55,18 +57,16 @@ def test_rloo_against_an_oracle(exact, monkeypatch):  # noqa: F811
     rloo.train_rloo(policy, reward_model, QUERIES, TOKENIZER, c, 3, log)
     adam = SlowAdam(slow, (0.9, 0.999), 1e-5, c.max_grad_norm)
     for update, ids in enumerate(drawn):
-        rows, scores = [], []
-        for i, y in enumerate(ids.tolist()):
-            query, y = QUERIES[update * 2 + i // 3], y[: y.index(9) + 1] if 9 in y else y
-            new, ref = (log_probs_of(model, query, y, 0.7) for model in (slow, reference))
-            scores.append(scores_of(reward_model, query, y)[-1].item() if 9 in y else -1.0)
-            rows.append((new, scores[-1] - 0.4 * (sum(new) - sum(ref)).item()))
-        total = 0
-        for i, (new, r) in enumerate(rows):
-            others = [rows[j][1] for j in range(6) if j // 3 == i // 3 and j != i]
-            total = total - (r - sum(others) / 2) * sum(new)
-        adam.step(total / sum(len(new) for new, _ in rows), 1e-2 * (1 - update / 3))
-        assert log[update]["reward"] == pytest.approx(sum(scores) / 6, rel=1e-7)
+        posts = [QUERIES[update * 2 + i // 3] for i in range(6)]
+        rows = slow_rollout(slow, reference, reward_model, reward_model,
+                            zip(posts, ids.tolist()), 9, c)
+        rewards, loss = [sum(row.rewards) for row in rows], 0
+        for i, row in enumerate(rows):
+            others = [rewards[j] for j in range(6) if j // 3 == i // 3 and j != i]
+            log_prob = sum(log_probs_of(slow, row.query, row.y, 0.7))
+            loss = loss - (rewards[i] - sum(others) / 2) * log_prob
+        adam.step(loss / sum(len(row.y) for row in rows), 1e-2 * (1 - update / 3))
+        assert log[update]["reward"] == pytest.approx(sum(row.score for row in rows) / 6, rel=1e-7)
     assert len(log) == 3
     close_weights(policy, slow)
 
@@ -80,8 +80,8 @@ def test_dpo_against_an_oracle(exact):  # noqa: F811
     for step in range(2):  # two pairs are left over
         loss = 0
         for query, *sides in (PAIRS[row] for row in order[step * 3 :][:3]):
-            better, worse = (sum(log_probs_of(slow, query, y)) - sum(log_probs_of(reference, query, y))
-                             for y in sides)
+            better, worse = (sum(log_probs_of(slow, query, y))
+                             - sum(log_probs_of(reference, query, y)) for y in sides)
             loss = loss + torch.log(1 + torch.exp(-0.5 * (better - worse))) / 3
         adam.step(loss, 1e-2 * cosine(step, 2))
         assert log[step]["loss"] == pytest.approx(loss.item(), rel=1e-8)
