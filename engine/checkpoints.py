@@ -1,6 +1,5 @@
 """What a checkpoint holds, by name, and whether what a run left is whole."""
 
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -27,25 +26,26 @@ def flatten(parts):
 def put_back(parts, tensors):
     """The reverse of flatten, in place. Names and shapes are compared first: a library of another
     version may have others, and half of a checkpoint is none."""
-    expected = {f"{name}/{key}": p for name, part in parts.items()
-                if isinstance(part, torch.nn.Module) for key, p in trainable_named(part)}
-    averages = {key: tensor for key, tensor in tensors.items() if key not in expected}
-    wrong = [key for key, p in expected.items()
-             if key not in tensors or tensors[key].shape != p.shape]
-    wrong += [key for key in averages if isinstance(parts.get(key.split("/")[0]), torch.nn.Module)]
-    if wrong:
-        raise SettingError(f"a checkpoint has other weights than this program ({min(wrong)}): begin "
-                           "anew with --restart")
-    for key, p in expected.items():
-        p.data.copy_(tensors[key])
+    expected, averages = {}, {name: {} for name in parts}
     for name, part in parts.items():
-        if not isinstance(part, torch.nn.Module):
-            state = defaultdict(dict)
-            for key, tensor in averages.items():
-                owner, i, average = key.split("/")
-                if owner == name:
-                    state[int(i)][average] = tensor
-            part.load_state_dict({**part.state_dict(), "state": state})
+        if isinstance(part, torch.nn.Module):
+            expected |= {f"{name}/{key}": p.shape for key, p in trainable_named(part)}
+            continue
+        for i, p in enumerate(p for group in part.param_groups for p in group["params"]):
+            if f"{name}/{i}/step" in tensors:  # Adam has no averages before its first step
+                shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                expected |= {f"{name}/{i}/{key}": shape for key, shape in shapes.items()}
+                averages[name][i] = {key: tensors.get(f"{name}/{i}/{key}") for key in shapes}
+    wrong = {key: tensor.shape for key, tensor in tensors.items()}.items() ^ expected.items()
+    if wrong:
+        raise SettingError("a checkpoint has other weights than this program "
+                           f"({min(wrong)[0]}): begin anew with --restart")
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            for key, p in trainable_named(part):
+                p.data.copy_(tensors[f"{name}/{key}"])
+        else:
+            part.load_state_dict({**part.state_dict(), "state": averages[name]})
 
 
 def is_finished(folder):

@@ -21,7 +21,9 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
+from engine.adapters import save_plain
 from engine.checkpoints import flatten, put_back
 from engine.origin import LOCK, PARTIAL, check_folder, digest
 from engine.processes import agreed, exchange, n_processes, rank
@@ -119,7 +121,10 @@ class Run:
             self.remove(name)
             with self.whole(name) as path:
                 for part in parts:
-                    part.save_pretrained(path)
+                    if isinstance(part, PreTrainedModel):
+                        save_plain(part, path)
+                    else:
+                        part.save_pretrained(path)
 
     def steps(self, stage, total, **parts):
         """Yield the steps of a stage under a progress bar, from where its last checkpoint stands.

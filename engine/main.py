@@ -114,7 +114,7 @@ def write(tokenizer, settings, model, posts, temperature=0.0, *stream):
 def supervised_baseline(run, settings, queries, references, tokenizer, model):
     """pi_SFT, trained on (post, reference) pairs (3.4, sft.py), unless it is given."""
     if settings.lora_rank and settings.base_model:
-        model = add_adapter(model, settings.lora_rank, settings.seed)
+        add_adapter(model, settings.lora_rank, settings.seed)
     if not settings.sft_model:
         if settings.checkpoint_activations:
             checkpoint_activations(model)
@@ -127,7 +127,7 @@ def supervised_baseline(run, settings, queries, references, tokenizer, model):
     run.save_model("sft", model, tokenizer)
     # what is trained from here on is an adapter; a tiny model from scratch had to learn first
     if settings.lora_rank and not settings.base_model:
-        model = add_adapter(model, settings.lora_rank, settings.seed)
+        add_adapter(model, settings.lora_rank, settings.seed)
     return model
 
 
@@ -162,8 +162,7 @@ def make_reward_model(run, settings, pairs, queries, references, tokenizer, sft,
     if given:
         reward_model = given.to(run.device)
         if settings.lora_rank:  # its weights are others than pi_SFT's
-            reward_model.trunk = add_adapter(reward_model.trunk.to(sft.dtype), settings.lora_rank,
-                                             settings.seed, "reward")
+            add_adapter(reward_model.trunk.to(sft.dtype), settings.lora_rank, settings.seed)
     else:
         torch.manual_seed(settings.seed)  # for the head
         reward_model = RewardModel(sft)
@@ -285,6 +284,10 @@ def main(arguments=()):
     except (OSError, SafetensorError) as error:  # a full or read-only disk, say
         sys.exit(f"rlhf_minimal: {error}. What was saved before stays; when that is mended, go on "
                  f"with: {command_to_resume(arguments, settings)}")
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit("rlhf_minimal: out of memory. What helps: a smaller --micro_batch_size or "
+                 "--checkpoint_activations, with which the run goes on from what is saved: "
+                 f"{command_to_resume(arguments, settings)}")
     except KeyboardInterrupt:
         with suppress(OSError):  # at Ctrl-C `| tee` ends before us
             print("rlhf_minimal: stopped. Go on from what is saved with: "

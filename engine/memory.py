@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from engine.adapters import add_adapter, checkpoint_activations, trainable, trunk_of
-from engine.devices import full_precision, mixed_precision, prepare
-from engine.packing import pack, unpack
+from engine.devices import mixed_precision, prepare
+from engine.packing import response_log_probs
+from engine.reward import RewardModel, response_scores
 from engine.settings import SettingError
 
 aten = torch.ops.aten
@@ -97,44 +98,17 @@ def zeros(*shape):
     return torch.zeros(shape, dtype=torch.long, device="meta")
 
 
-def sample(alive, model, rows, Q, T, k):
-    """As lm.sample, but all tokens between the post and the last one are read at once: what that
-    takes more than one by one is not counted."""
-    cache, read = DynamicCache(config=model.config), 0
-    for n, width, counts in ((rows // k, Q, True), (rows, max(1, T - 2), False), (rows, 1, True)):
-        ids, before, read = zeros(n, width), alive.most, read + width
-        logits = model(input_ids=ids, attention_mask=zeros(n, read), position_ids=ids,
-                       use_cache=True, logits_to_keep=1, cache=cache).logits[:, -1]
-        torch.softmax(logits.float() / 0.7, -1)
-        alive.most = alive.most if counts else before
-        if n < rows:
-            cache.reorder_cache(torch.arange(rows, device="meta") // k)
+def sample(model, rows, width, k):
+    """What engine.sampling.sample holds at its end: the cache of all tokens, here read at once."""
+    cache, ids = DynamicCache(config=model.config), zeros(rows // k, width)
+    logits = model(input_ids=ids, attention_mask=ids, position_ids=ids, use_cache=True,
+                   logits_to_keep=1, cache=cache).logits[:, -1]
+    cache.reorder_cache(torch.arange(rows, device="meta") // k)
+    return torch.softmax(logits.float().repeat_interleave(k, 0), -1)
 
 
-def inputs(model, rows, Q, T, k):
-    """What a model takes, for rows of Q + T tokens, the k of a post side by side."""
-    ids = zeros(rows, Q + T)
-    return pack(ids, ids, ids, T, k, model.dtype)
-
-
-def log_probs(model, rows, Q, T, k):
-    """As lm.response_log_probs."""
-    given = inputs(model, rows, Q, T, k)  # alive to the end, as there
-    logits = model(**given, logits_to_keep=k * T + 1, use_cache=False).logits
-    logits = unpack(logits, T, k)[:, :-1].float()
-    return torch.log_softmax(logits / 0.7, -1).take_along_dim(zeros(rows, T, 1), -1)
-
-
-def scores(model, rows, Q, T, k):
-    """As RewardModel.forward."""
-    given = inputs(model, rows, Q, T, k)
-    hidden = trunk_of(model)(**given, use_cache=False).last_hidden_state.float()
-    with full_precision(hidden.device):
-        return torch.nn.functional.linear(hidden, hidden.new_zeros(1, hidden.shape[-1]))
-
-
-def learn(function, *arguments):
-    function(*arguments).sum().backward()
+def learn(function, network, rows, width, T, k):
+    function(network, zeros(rows, width), zeros(rows, width), T, k=k).sum().backward()
 
 
 def turns_of(alive, model, settings):
@@ -148,20 +122,23 @@ def turns_of(alive, model, settings):
     # where rows leave a window of attention, each summary has a row of its own (architectures.py)
     window = getattr(model.config.get_text_config(), "sliding_window", None) or math.inf
     beside, pair = (1, 1) if Q + max(T, S) > window else (k, 2)
+    beside = 1 if settings.ppo_minibatches > 1 else beside
     for p in trainable(model):
         p.grad = torch.zeros_like(p)  # of the microbatches before
+    trunk = trunk_of(model)
+    model.packs = trunk.packs = math.inf, True  # no trial without numbers
     if settings.checkpoint_activations:
         # within backward() AsOnGPU is off, unless the layers that are computed again switch it on
-        checkpoint_activations(trunk_of(model), lambda: (nullcontext(), AsOnGPU()))
+        checkpoint_activations(trunk, lambda: (nullcontext(), AsOnGPU()))
+    scored = RewardModel(trunk, own_copy=False)
     with torch.no_grad():
-        turns = {"sampling": alive.during(sample, alive, model, sampled, Q, T, k),
-                 "measuring": alive.during(log_probs, model, rows, Q, T, beside),
-                 "scoring": alive.during(
-                     scores, model, settings.rollout_batch_size or 256, Q, S, 1)}
-    turns["updating"] = alive.during(learn, log_probs, model, rows, Q, T, beside)
-    turns["reward"] = alive.during(learn, scores, model, 2 * pairs, Q, S, pair)
+        turns = {"sampling": alive.during(sample, model, sampled, Q + T, k),
+                 "scoring": alive.during(scored, *[zeros(settings.rollout_batch_size or 256,
+                                                         Q + S)] * 2)}
+    turns["updating"] = alive.during(learn, response_log_probs, model, rows, Q + T, T, beside)
+    turns["reward"] = alive.during(learn, response_scores, scored, 2 * pairs, Q + S, S, pair)
     if settings.base_model:
-        turns["sft"] = alive.during(learn, log_probs, model, posts, Q, S, 1)
+        turns["sft"] = alive.during(learn, response_log_probs, model, posts, Q + S, S, 1)
     return turns
 
 
@@ -218,7 +195,6 @@ def memory_plan(settings, model_config, judge_config=None, device="cuda", dtype=
         weights = 2 * 4 * trained
         for name in turns.keys() & {"reward", "sft"}:  # before PPO; its networks take 16 bytes more
             turns[name] = max(0, turns[name] - 16 * trunk)
-    each += 12 if device == "cpu" else 0  # Run.steps keeps a copy of values and averages, there
     return {"weights": weights, "trained": each * trained, "judge": dtype.itemsize * judge, **turns}
 
 

@@ -3,7 +3,6 @@
 import torch
 
 from engine.architectures import T, holds, most_positions, read
-from engine.adapters import Adapted
 from lm import get_log_probs, get_position_ids
 
 #          post  y1  y2     k summaries of one post as one row, the post computed once instead of k
@@ -56,12 +55,11 @@ def shares_post(model, k, length):
     on what rows are as long as: a window of attention that nothing leaves does no harm."""
     if k == 1:
         return k
-    network = model.network if isinstance(model, Adapted) else model
-    tried, works = getattr(network, "packs", (0, True))
+    tried, works = getattr(model, "packs", (0, True))
     if works and length > tried:
-        tried = max(T + 1, min(2 * length, most_positions(network.config)))
-        works = holds(packed, network, tried)
-        network.packs = max(tried, length), works
+        tried = max(T + 1, min(2 * length, most_positions(model.config)))
+        works = holds(packed, model, tried)
+        model.packs = max(tried, length), works
     return k if works else 1
 
 

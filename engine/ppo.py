@@ -165,9 +165,9 @@ def other_networks(policy, reward_model, critic, config):
     model."""
     # pi_SFT is what the policy is now. V starts as the reward model, head and all (3.4). It shares
     # no weight with the policy: early value updates could damage what was pretrained (G.1).
-    reference = freeze(copy_network(policy, "reference"))
+    reference = freeze(copy_network(policy))
     if critic is None:
-        critic = copy_network(reward_model, "critic")
+        critic = copy_network(reward_model)
     freeze(reward_model)
     if config.checkpoint_activations:
         checkpoint_activations(policy)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 import reward
-from engine.adapters import copy_network, plain_weights, trainable
+from engine.adapters import copy_network, plain_weights, trainable, trunk_of
 from engine.architectures import hidden_width
 from engine.batches import microbatches, one_step, rows_of_step, steps_per_epoch
 from engine.devices import full_precision
@@ -28,7 +28,7 @@ class RewardModel(reward.RewardModel):
         nn.Module.__init__(self)
         # A copy: pi_SFT stays as it is. eval(), while it is trained as well: no dropout, as in the
         # 2020 code, so that a score is always the same
-        trunk = copy_network(language_model, "reward", trunk=True) if own_copy else language_model
+        trunk = copy_network(trunk_of(language_model)) if own_copy else language_model
         self.trunk = trunk.eval()
         d = hidden_width(trunk)  # of its last hidden state
         self.head = nn.Linear(d, 1, device=trunk.device)  # (B, L, d) -> (B, L, 1)

@@ -115,12 +115,9 @@ def read_json(text):
 
 
 def read_text(path):
-    """A file's text: UTF-8 with or without a byte-order mark, or UTF-16 with one (Excel's "Unicode
-    text", PowerShell's >)."""
-    data = path.read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    """A file's text: UTF-8, with or without a byte-order mark."""
     try:
-        return data.decode(encoding)
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line} has the byte {error.object[error.start]:#x}, which is of "
@@ -128,20 +125,15 @@ def read_text(path):
 
 
 def read_csv(text):
-    """[(line, row)], every cell a str: pandas would turn "NA" into nothing and "007" into 7.
-
-    Cells are divided by that one of , ; tab and | which the header has most of: Excel takes a
-    semicolon where the comma is a decimal point, and may name it in a line of its own. Capitals in
-    the names of columns don't count.
-    """
-    text = re.sub(r"^sep=.(?=\r?\n)", "", text)  # a blank line, so that lines keep their numbers
-    first = re.sub('"[^"]*"', "", re.split("[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0])
+    """[(line, row)], cells divided by commas, every cell a str: pandas would turn "NA" into nothing
+    and "007" into 7. Capitals in the names of columns don't count."""
     csv.field_size_limit(2**31 - 1)  # characters of a cell: 131,072 unless it is set
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True,
-                        delimiter=max(",;\t|", key=first.count))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = [name.strip().lower() for name in next(filter(None, reader), [])]
+    if len(header) == 1 and re.search("^sep=|[;\t|]", header[0]):  # Excel's, in many countries
+        raise ValueError(f"{header[0]!r:.100} is not divided by commas; save the file with commas")
     if any(header.count(name) > 1 for name in header if name):
-        raise ValueError(f"{first!r:.100} has two columns of one name")
+        raise ValueError(f"{','.join(header)!r:.100} has two columns of one name")
     # line_num is where a row ends: a quoted cell may have begun lines before. Blank lines give no
     # cells. A row with more cells than the header gets a field None, which check_rows refuses.
     return [(reader.line_num - "".join(cells).count("\n"), dict(zip_longest(header, cells)))

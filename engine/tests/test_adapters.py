@@ -8,16 +8,18 @@ import torch
 from common import (ARCHITECTURES, CONFIGS, QUERIES, RESPONSES, build, byte_level, config, new_run,
                     padded, two_architectures, weights)
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 from transformers.pytorch_utils import Conv1D
 
 import lm
 from engine import adapters, main, ppo
+from engine.checkpoints import flatten, put_back
 from engine.devices import prepare
 from engine.packing import response_log_probs
 from engine.ppo import other_networks, response_values
 from engine.reward import RewardModel, final_scores
 from engine.sampling import sample
+from engine.settings import SettingError
 from engine.texts import encode
 from lm import generator_for
 
@@ -88,9 +90,8 @@ def test_the_reward_model_starts_from_the_trained_adapter():
         policy = adapters.add_adapter(build(CONFIGS["llama"]()), 2, seed=7)
         move(policy, .1)
         hidden = RewardModel(policy).trunk(input_ids=IDS, attention_mask=REAL).last_hidden_state
-    plain = policy.network.base_model  # through the policy's adapter, which was asked last
-    policy(input_ids=IDS, attention_mask=REAL)
-    assert torch.equal(plain(input_ids=IDS, attention_mask=REAL).last_hidden_state, hidden)
+    expected = policy.base_model(input_ids=IDS, attention_mask=REAL).last_hidden_state
+    assert torch.equal(expected, hidden)
 
 
 @two_architectures
@@ -107,22 +108,25 @@ def test_training_one_network_leaves_the_others(architecture):
         "the reward that PPO is paid moves with the critic")
     assert torch.equal(numbers(policy), moved), "no weight is shared with the policy"
     assert reward_model.reference_mean == critic.reference_mean == torch.tensor(.4)
-    frozen = {name.replace(".base_layer.", "."): p for name, p in policy.network.state_dict().items()
-              if "lora_" not in name}
+    frozen = policy.state_dict()
     assert all(torch.equal(frozen[name], p) for name, p in sft.state_dict().items()), (
         "the shared weights are frozen")
 
 
 def test_one_model_is_in_memory_for_four():
-    _, _, policy, reference, reward_model, critic = networks("gpt_neox")
-    ours = {p.data_ptr() for p in policy.parameters()}
-    for module in (reference, reward_model.trunk, critic.trunk):
-        assert {p.data_ptr() for p in module.parameters()} == ours, "another copy of the weights"
-    assert reward_model.head.weight.data_ptr() != critic.head.weight.data_ptr()
+    _, _, *four = networks("gpt_neox")
+    shared, own = ([{name.removeprefix("gpt_neox.").removeprefix("trunk."): p.data_ptr()
+                     for name, p in network.named_parameters()
+                     if ("lora_" in name or name.startswith("head.")) == mine} for network in four]
+                   for mine in (False, True))
+    assert shared[0] == shared[1] and shared[2] == shared[3]
+    assert shared[2].items() < shared[0].items(), "another copy of the weights"
+    places = [place for network in own for place in network.values()]
+    assert len(set(places)) == len(places), "an adapter or a head that two networks have"
+    policy, critic = four[0], four[3]
     names = [[name for name, _ in adapters.trainable_named(m)] for m in (policy, critic)]
-    assert all(".policy." in name for name in names[0]) and len(names[0]) == len(names[1]) - 2
-    assert names[1][-2:] == ["head.weight", "head.bias"]
-    assert all(".critic." in name for name in names[1][:-2])
+    assert len(names[0]) == len(names[1]) - 2 and names[1][-2:] == ["head.weight", "head.bias"]
+    assert all(name.endswith((".lora_A", ".lora_B")) for name in names[0] + names[1][:-2])
 
 
 def test_adapters_depend_on_the_seed_alone():
@@ -168,7 +172,7 @@ def test_layers_that_are_computed_twice_ask_for_no_gradient_of_frozen_embeddings
         move(policy, .1)
         if twice:
             adapters.checkpoint_activations(policy)
-        policy.network.get_input_embeddings().register_forward_hook(
+        policy.get_input_embeddings().register_forward_hook(
             lambda module, _, output: found.append(output.requires_grad))
         response_log_probs(policy, IDS, REAL, WIDTH)[ON].sum().backward()
         found.append([p.grad for p in adapters.trainable(policy)])
@@ -184,38 +188,44 @@ def test_what_is_saved_scores_as_what_was_trained(architecture, dtype, tmp_path)
     with torch.random.fork_rng():
         policy = adapters.add_adapter(build(CONFIGS[architecture]()).to(dtype), 2, seed=7)
         move(policy, .1)
+        torch.manual_seed(1)
         reward_model = RewardModel(policy)
         move(reward_model, .1)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
         ours, paid = numbers(policy), scores(reward_model)
-    policy.save_pretrained(tmp_path / "policy")
+    adapters.save_plain(policy, tmp_path / "policy")
     (tmp_path / "reward").mkdir()
     reward_model.save_pretrained(tmp_path / "reward")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     assert loaded.dtype == torch.float32 and not any("lora" in name for name in loaded.state_dict())
     # an update rounded to bfloat16 would be off by much more than what half precision itself is
-    near = 1e-3 if dtype == torch.float32 else .05
+    near = 1e-3 if dtype == torch.float32 else .08
     assert (numbers(loaded) - ours).abs().max() < near
     assert (scores(RewardModel.from_pretrained(tmp_path / "reward")) - paid).abs().max() < near
     # W + 2 B A by hand (alpha / r = 2), in float32, for one matrix
-    name, layer = next((name, module) for name, module in policy.network.named_modules()
+    name, layer = next((name, module) for name, module in policy.named_modules()
                        if hasattr(module, "lora_A"))
-    a, b = layer.lora_A["policy"].weight, layer.lora_B["policy"].weight
-    delta = 2 * (b @ a).detach()
-    weight = loaded.state_dict()[f"{name}.weight"] - layer.base_layer.weight.float()
+    delta = 2 * (layer.lora_B @ layer.lora_A).detach()
+    weight = loaded.state_dict()[f"{name}.weight"] - layer.weight.float()
     assert torch.allclose(weight, delta.T if architecture == "gpt2" else delta, atol=1e-6)
 
 
 def test_checkpoints_hold_each_networks_own_weights():
-    from engine.folder import flatten, put_back
     _, _, policy, _, _, critic = networks("llama")
-    saved = flatten({"policy": policy, "critic": critic}, copy=True)
+    saved = {name: x.clone() for name, x in flatten({"policy": policy, "critic": critic}).items()}
     assert sorted(name.split("/")[0] for name in saved).count("critic") == len(
         adapters.trainable(critic))
     ours, theirs = numbers(policy), scores(critic)
     move(policy, .3), move(critic, .3)
     put_back({"policy": policy, "critic": critic}, saved)
     assert torch.equal(numbers(policy), ours) and torch.equal(scores(critic), theirs)
+
+
+def test_a_layer_that_is_computed_around_takes_no_adapter():
+    """Mamba multiplies by the weight of a layer that it never calls."""
+    model = build(MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(SettingError, match="mamba can't be trained by adapters.*--lora_rank 0"):
+        adapters.add_adapter(model, 2, seed=0)
 
 
 @two_architectures
@@ -247,11 +257,8 @@ def test_adapters_are_on_every_matrix_but_the_one_that_makes_the_logits(architec
                 if isinstance(module, (torch.nn.Linear, Conv1D))
                 and module is not plain.get_output_embeddings()}
     policy = adapters.add_adapter(make(architecture), 3, 0)
-    found = policy.shared.peft_config["policy"]
-    assert (found.r, found.lora_alpha) == (3, 6), "what an adapter adds is scaled by 2"
-    with_adapter = {key for key, module in policy.network.named_modules()
-                    if hasattr(module, "lora_A")}
-    assert with_adapter == set(matrices)
+    assert matrices.keys() == {key for key, module in policy.named_modules()
+                               if hasattr(module, "lora_A")}
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert trained == sum(p.numel() for p in adapters.trainable(policy)) == sum(
         3 * (rows + columns) for rows, columns in matrices.values())
@@ -296,15 +303,13 @@ def test_ppo_with_adapters(architecture, checkpoint, tmp_path, monkeypatch):
                                   ppo_batch_size=8, ppo_lr=2e-2, ppo_epochs=2, response_length=5))
     assert seen[0] < 1e-5 < 1e-3 < seen[-1], "ratio 1 at the start, and a policy that then moves"
 
-    assert reward_model.trunk.shared is critic.trunk.shared is policy.shared, "one frozen model"
     assert critic.head is not reward_model.head
     head = as_trained.head.state_dict()
     assert all(torch.equal(head[key], value)
                for key, value in reward_model.head.state_dict().items())
     assert not torch.equal(critic.head.weight, reward_model.head.weight)
     assert not any(weight.requires_grad for weight in reward_model.head.parameters())
-    frozen = {key.replace(".base_layer", ""): value
-              for key, value in critic.trunk.network.state_dict().items() if "lora_" not in key}
+    frozen = {key: value for key, value in critic.trunk.state_dict().items() if "lora_" not in key}
     assert frozen.keys() == as_trained.trunk.state_dict().keys()
     assert all(torch.equal(value, frozen[key])
                for key, value in as_trained.trunk.state_dict().items())
@@ -312,7 +317,7 @@ def test_ppo_with_adapters(architecture, checkpoint, tmp_path, monkeypatch):
     # merged and loaded again: no trace of an adapter, the same numbers
     ids, mask, _ = lm.join(POSTS, [[1, 9], [9], [4, 4, 9], [6]], 9)
     real = mask.bool()
-    policy.save_pretrained(tmp_path / "policy")
+    adapters.save_plain(policy, tmp_path / "policy")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "policy").eval()
     assert type(loaded) is type(sft) and loaded.state_dict().keys() == sft.state_dict().keys()
     with torch.no_grad():
@@ -386,8 +391,9 @@ def test_a_reward_model_with_adapters(architecture, tmp_path):
     trained = main.make_reward_model(
         new_run(tmp_path / "run"), some, pairs,
         *encode(posts, references, tokenizer, some), tokenizer, sft, None)
-    assert all(torch.equal(before[key], value) for key, value in sft.merged().items()), "SFT moved"
-    merged, plain = trained.trunk.merged(), sft.base_model.merged()
+    assert all(torch.equal(before[key], value)
+               for key, value in adapters.plain_weights(sft).items()), "SFT moved"
+    merged, plain = (adapters.plain_weights(trunk) for trunk in (trained.trunk, sft.base_model))
     assert merged.keys() == plain.keys()
     assert any(not torch.equal(merged[key], plain[key]) for key in merged), "it learned nothing"
     sides = [torch.tensor([[*query, *summary] for query, *both in pairs

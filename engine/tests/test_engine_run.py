@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 
 import lm
 from engine import folder as folder_file
-from engine import main, ppo, reward, sampling, sft, start
+from engine import main, origin, ppo, reward, sampling, sft, start
 from engine import report as report_file
 from engine.batches import one_step
 from engine.checkpoints import flatten, is_finished, put_back
@@ -167,32 +167,6 @@ def test_what_takes_long_to_save_is_saved_rarely(seconds, saved, tmp_path, monke
     assert len(saves) == saved + (saved == 1), "and at the end"
 
 
-def test_a_snapshot_that_takes_long_has_to_do_for_a_while(tmp_path, monkeypatch):
-    """Three updates of 10 s; a copy takes 2, so one is made each 40 s. The third update goes wrong:
-    what is saved is the state before the first, and so are its metrics."""
-    clock, flatten = SimpleNamespace(now=0.0), folder_file.flatten
-
-    def slow_flatten(parts, copy=False, **rest):
-        clock.now += 2 * copy
-        return flatten(parts, copy=copy, **rest)
-
-    monkeypatch.setattr(folder_file.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(folder_file, "flatten", slow_flatten)
-    run, model = new_run(tmp_path / "run", save_seconds=10**6), torch.nn.Linear(2, 2, bias=False)
-    with pytest.raises(SettingError, match="ppo step 2: .*; the state before step 0 is saved"):
-        with run.guarded():
-            for number in run.steps("ppo", 5, snapshot=True, model=model):
-                clock.now += 10
-                model.weight.data.fill_(number + 1)
-                if number == 2:
-                    raise FloatingPointError("loss is NaN or infinite")
-                run.log("ppo", number, loss=0.0)
-    again = new_run(tmp_path / "run", resume=True)
-    restored = torch.nn.Linear(2, 2, bias=False)
-    assert again.restore("ppo", {"model": restored}) == 0 and again.history("ppo") == []
-    assert not (restored.weight == 1).any(), "the weights before any step"
-
-
 @pytest.mark.parametrize("harm", [
     lambda data: data[: len(data) // 2],
     lambda data: b"",
@@ -273,7 +247,7 @@ def test_a_folder_with_a_run_needs_resume_or_restart(tmp_path):
     assert sorted((tmp_path / "run").rglob("*")) == before
     new_run(tmp_path / "run", restart=True)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoints", folder_file.LOCK, "notes.txt"}
+        "config.json", "metrics.jsonl", "checkpoints", origin.LOCK, "notes.txt"}
     assert not any((tmp_path / "run" / "checkpoints").iterdir())
 
 
@@ -315,7 +289,7 @@ def test_resume_with_other_settings_or_files_is_refused_in_one_line(change, mess
 def test_another_version_is_said_once_and_not_refused(tmp_path, capsys):
     interrupted(tmp_path / "run")
     config = {**CONFIG, "environment": {"torch": "2.14"}}
-    folder_file.check_folder(tmp_path / "run", config, resume=True)  # as prepare_run does first
+    origin.check_folder(tmp_path / "run", config, resume=True)  # as prepare_run does first
     new_run(tmp_path / "run", config, resume=True)
     assert capsys.readouterr().out.count("torch 2.13, here it is 2.14: the result may differ") == 1
 
@@ -331,13 +305,13 @@ def test_two_at_once_in_one_folder(tmp_path):
 def test_each_file_a_result_depends_on_is_in_the_config(tmp_path):
     (tmp_path / "rows.jsonl").write_text("1")
     settings = {"seed": 0, "posts": str(tmp_path / "rows.jsonl"), "output_dir": str(tmp_path)}
-    files = folder_file.describe(settings)["files"]
+    files = origin.describe(settings)["files"]
     sources = {path.relative_to(ROOT).as_posix() for path in SOURCES}
     assert {"lm.py", "ppo.py", "rlhf_minimal.py", "engine/folder.py", "engine/batches.py"} < sources
     assert {*files} == sources | {settings["posts"]}
     assert str(tmp_path) not in files, "the run's own folder changes all the time"
     (tmp_path / "rows.jsonl").write_text("2")
-    changed = folder_file.describe(settings)["files"]
+    changed = origin.describe(settings)["files"]
     assert [name for name in files if files[name] != changed[name]] == [
         settings["posts"]]
 
@@ -351,10 +325,10 @@ def test_an_edited_or_new_source_file_refuses_a_resume_in_one_line(name, tmp_pat
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
     shutil.copy(ROOT / "pyproject.toml", copied)
-    monkeypatch.setattr(folder_file, "__file__", str(copied / "engine" / "folder.py"))
+    monkeypatch.setattr(origin, "__file__", str(copied / "engine" / "origin.py"))
     monkeypatch.setattr(start, "load_given", lambda *_: 1 / 0)
     arguments = ["--resume", "--output_dir", str(tmp_path / "run")]
-    config = folder_file.describe(vars(main.parse_settings(arguments)))
+    config = origin.describe(vars(main.parse_settings(arguments)))
     new_run(tmp_path / "run", config).lock.release()
     with pytest.raises(ZeroDivisionError):
         main.main(arguments)  # nothing was edited: it goes on
@@ -365,7 +339,7 @@ def test_an_edited_or_new_source_file_refuses_a_resume_in_one_line(name, tmp_pat
         main.main(arguments)
     line = stop.value.code
     assert line.startswith(f"{PROGRAM}: --output_dir ") and line.isprintable(), line
-    was, now = config["files"].get(name), folder_file.digest(copied / name)
+    was, now = config["files"].get(name), origin.digest(copied / name)
     assert was != now and f"can't be resumed, {name} was {was} and is now {now}" in line, line
     assert before == [(path, path.stat().st_mtime_ns)
                       for path in sorted((tmp_path / "run").rglob("*"))]
@@ -373,13 +347,13 @@ def test_an_edited_or_new_source_file_refuses_a_resume_in_one_line(name, tmp_pat
 
 def test_without_output_dir_resume_takes_the_last_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = [folder_file.choose_folder("tiny", resume) for resume in (False, True)]
+    names = [origin.choose_folder("tiny", resume) for resume in (False, True)]
     assert names == ["runs/tiny-1"] * 2
     Path("runs/tiny-2").mkdir()
-    assert folder_file.choose_folder("tiny", False) == "runs/tiny-3"
+    assert origin.choose_folder("tiny", False) == "runs/tiny-3"
     Path("runs/tiny-3").rmdir()
-    assert folder_file.choose_folder("tiny", True) == "runs/tiny-2"
-    assert folder_file.choose_folder("full", True) == "runs/full-1"
+    assert origin.choose_folder("tiny", True) == "runs/tiny-2"
+    assert origin.choose_folder("full", True) == "runs/full-1"
 
 
 def test_fresh_runs_that_begin_together_have_a_folder_each(tmp_path, monkeypatch):
@@ -394,12 +368,12 @@ def test_fresh_runs_that_begin_together_have_a_folder_each(tmp_path, monkeypatch
 
     monkeypatch.setattr(Path, "exists", at_once)
     with ThreadPoolExecutor(2) as pool:
-        names = list(pool.map(lambda _: folder_file.choose_folder("tiny", False), range(2)))
+        names = list(pool.map(lambda _: origin.choose_folder("tiny", False), range(2)))
     assert sorted(names) == ["runs/tiny-1", "runs/tiny-2"]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RANK", "1")
-    names = [folder_file.choose_folder("tiny", False) for _ in range(2)]
+    names = [origin.choose_folder("tiny", False) for _ in range(2)]
     assert names == ["runs/tiny-3"] * 2, "processes of one run must choose the same"
 
 
@@ -421,7 +395,7 @@ def test_what_is_installed_has_every_file_that_a_run_needs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
     modules, packages = (project["setuptools"][key] for key in ("py-modules", "packages"))
     assert sorted(modules) == sorted(path.stem for path in ROOT.glob("*.py"))
-    assert set(folder_file.MODULES) <= set(modules) and "engine" in packages
+    assert set(origin.MODULES) <= set(modules) and "engine" in packages
     assert {path.parent.name for path in ROOT.glob("engine/*/*.py")} == {"tests"}, (
         "a folder that packages doesn't name")
 
@@ -506,14 +480,14 @@ def test_a_checkpoint_with_other_names_or_shapes_is_not_put_back_in_part(old, ne
     elif new:
         tensors[old] = torch.zeros(new)
     parts = trained_parts()
-    before = flatten(parts, copy=True)
+    before = {key: value.clone() for key, value in flatten(parts).items()}
     with pytest.raises(SettingError, match="a checkpoint has other weights.*begin anew"):
         put_back(parts, tensors)
     assert all(torch.equal(before[key], value) for key, value in flatten(parts).items())
 
 
 def test_a_checkpoint_is_put_back_with_and_without_averages():
-    tensors, parts = flatten(trained_parts(), copy=True), trained_parts()
+    tensors, parts = flatten(trained_parts()), trained_parts()
     put_back(parts, tensors)
     assert all(torch.equal(tensors[key], value) for key, value in flatten(parts).items())
     weights = {key: tensor for key, tensor in tensors.items() if key.startswith("model")}
@@ -522,53 +496,53 @@ def test_a_checkpoint_is_put_back_with_and_without_averages():
 
 
 def test_another_number_of_processes_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_file, "n_processes", lambda: 2)
-    new_run(tmp_path / "run", folder_file.describe({"seed": 0})).lock.release()
+    monkeypatch.setattr(origin, "n_processes", lambda: 2)
+    new_run(tmp_path / "run", origin.describe({"seed": 0})).lock.release()
     monkeypatch.undo()
     with pytest.raises(SettingError, match="processes was 2 and is now 1; put it back"):
-        folder_file.check_folder(tmp_path / "run", folder_file.describe({"seed": 0}), resume=True)
+        origin.check_folder(tmp_path / "run", origin.describe({"seed": 0}), resume=True)
 
 
 def test_what_changed_on_the_hub_since_the_start_is_noticed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(folder_file, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(origin, "HF_HUB_CACHE", str(tmp_path / "cache"))
     ref = tmp_path / "cache" / "models--them--judge" / "refs" / "main"
     ref.parent.mkdir(parents=True)
     ref.write_text("c0ffee")
-    settings = dict.fromkeys(folder_file.SOURCES)
+    settings = dict.fromkeys(origin.SOURCES)
     settings |= {"seed": 0, "posts": "us/posts", "comparisons": "us/rows", "judge": "them/judge"}
     data = [[{"post": "a"}], [{"post": "b"}], [{"chosen": "c"}], [{"chosen": "d"}]]
 
     def after_loading(data):
-        config = folder_file.describe(settings)
-        return config | {"from_hub": folder_file.describe_hub(config, data)}
+        config = origin.describe(settings)
+        return config | {"from_hub": origin.describe_hub(config, data)}
 
     config = after_loading(data)
     assert config["from_hub"].keys() == {"us/posts", "us/rows", "them/judge"}
     assert config["from_hub"]["them/judge"] == "c0ffee"
     new_run(tmp_path / "run", config).lock.release()
     # what the hub has is known only once it is loaded
-    folder_file.check_folder(tmp_path / "run", folder_file.describe(settings), resume=True)
-    folder_file.check_folder(tmp_path / "run", after_loading(copy.deepcopy(data)), resume=True)
+    origin.check_folder(tmp_path / "run", origin.describe(settings), resume=True)
+    origin.check_folder(tmp_path / "run", after_loading(copy.deepcopy(data)), resume=True)
     for part, name in enumerate(("us/posts", "us/posts", "us/rows", "us/rows")):
         changed = copy.deepcopy(data)
         changed[part].append({"post": "new"})
         with pytest.raises(SettingError, match=f"{name} was .* and is now "):
-            folder_file.check_folder(tmp_path / "run", after_loading(changed), resume=True)
+            origin.check_folder(tmp_path / "run", after_loading(changed), resume=True)
     ref.write_text("decaf")
     with pytest.raises(SettingError, match="them/judge was c0ffee and is now decaf"):
-        folder_file.check_folder(tmp_path / "run", after_loading(data), resume=True)
+        origin.check_folder(tmp_path / "run", after_loading(data), resume=True)
 
 
 def test_a_folder_named_like_a_word_is_no_file_of_the_run(tmp_path, monkeypatch):
     """`--output_dir tiny` beside the preset of that name, say."""
     monkeypatch.chdir(tmp_path)
     settings = vars(main.parse_settings(["--judge", "longest", "--summarize", "post.txt"]))
-    files = folder_file.describe(settings)["files"]
+    files = origin.describe(settings)["files"]
     for name in ("tiny", "auto", "longest", "post.txt"):
         Path(name).mkdir()
         Path(name, "x").write_text("x")
-    assert folder_file.describe(settings)["files"] == files
+    assert origin.describe(settings)["files"] == files
 
 
 @pytest.mark.parametrize("flags", [{}, {"resume": True}, {"restart": True}])
@@ -611,7 +585,7 @@ def test_a_restart_that_is_cut_short_can_begin_again(cut, tmp_path, monkeypatch)
         new_run(tmp_path / "run", changed, resume=True)
     run = new_run(tmp_path / "run", changed, restart=True)
     assert {path.name for path in run.folder.iterdir()} == {
-        "config.json", "metrics.jsonl", "checkpoints", folder_file.LOCK, "notes.txt"}
+        "config.json", "metrics.jsonl", "checkpoints", origin.LOCK, "notes.txt"}
     assert json.loads((run.folder / "config.json").read_text()) == changed
 
 
@@ -627,14 +601,14 @@ def test_of_a_link_only_the_link_is_removed(tmp_path):
 
 
 def test_installed_only_our_own_modules_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_file, "__file__", str(tmp_path / "engine" / "folder.py"))
+    monkeypatch.setattr(origin, "__file__", str(tmp_path / "engine" / "origin.py"))
     (tmp_path / "engine").mkdir()
-    for path in (*(f"{name}.py" for name in folder_file.MODULES), "engine/rows.py", "six.py"):
+    for path in (*(f"{name}.py" for name in origin.MODULES), "engine/rows.py", "six.py"):
         (tmp_path / path).write_text("x")
-    expected = {*(f"{name}.py" for name in folder_file.MODULES), "engine/rows.py"}
-    assert {*folder_file.describe({})["files"]} == expected
+    expected = {*(f"{name}.py" for name in origin.MODULES), "engine/rows.py"}
+    assert {*origin.describe({})["files"]} == expected
     (tmp_path / "pyproject.toml").touch()  # a clone
-    assert {*folder_file.describe({})["files"]} == expected | {"six.py"}
+    assert {*origin.describe({})["files"]} == expected | {"six.py"}
 
 
 def test_the_declared_minimums_are_what_was_tested():
@@ -941,9 +915,9 @@ def saved_weights(run, stage):
     ("gradient of the loss", lambda loss: loss + torch.sqrt(loss - loss.detach()).sum()),
 ])
 @pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_nan_stops_and_the_state_before_it_is_saved(stage, quantity, spoil, model, tmp_path,
-                                                    monkeypatch):
-    run, before, calls = new_run(tmp_path / "run"), {}, []
+def test_nan_stops_and_the_last_checkpoint_stays(stage, quantity, spoil, model, tmp_path,
+                                                 monkeypatch):
+    run, before, calls = new_run(tmp_path / "run", save_seconds=0), {}, []
     network = model if stage == "sft" else reward.RewardModel(model)
 
     def spoiled(really):
@@ -966,7 +940,8 @@ def test_nan_stops_and_the_state_before_it_is_saved(stage, quantity, spoil, mode
             run, network, [(q, [1, 7, 9], [1, 2, 9]) for q in QUERIES], 0,
             SimpleNamespace(micro_batch_size=0, reward_lr=1e-2, reward_batch_size=2,
                             reward_epochs=1)))
-    assert line.startswith(f"{stage} step 2: {quantity} is NaN or infinite")
+    assert line.startswith(f"{stage} step 2: {quantity} is NaN or infinite; what was saved before "
+                           f"stays in {run.folder}")
     tensors, state = saved_weights(run, stage)
     assert state["step"] == 2 and [json.loads(row)["step"] for row in state["lines"]] == [0, 1]
     assert all(torch.equal(tensors[f"model/{k}"], v) for k, v in before.items())
@@ -975,14 +950,14 @@ def test_nan_stops_and_the_state_before_it_is_saved(stage, quantity, spoil, mode
 @pytest.mark.parametrize("name, place", [
     ("policy_loss", "policy loss"), ("value_loss", "value loss"), ("score", "reward"),
     ("policy_gradient", "gradient of the policy loss")])
-def test_nan_in_ppo_is_undone_even_in_the_middle_of_a_step(name, place, model, tmp_path,
-                                                           monkeypatch):
-    run, policy, seen = new_run(tmp_path / "run"), copy.deepcopy(model), []
+def test_nan_in_the_middle_of_an_update_is_in_no_checkpoint(name, place, model, tmp_path,
+                                                            monkeypatch):
+    run, policy, seen = new_run(tmp_path / "run", save_seconds=0), copy.deepcopy(model), []
 
     def spoiled(really, call):
-        def loss(*arguments):
+        def loss(*arguments, **k):
             seen.append(1)
-            value = really(*arguments)
+            value = really(*arguments, **k)
             if len(seen) != call:
                 return value
             if name == "score":

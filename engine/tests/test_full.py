@@ -27,8 +27,9 @@ import lm
 from engine import judges, main, sampling, start, texts
 from engine import models as models_file
 from engine import report as report_file
-from engine.folder import Run, describe
+from engine.folder import Run
 from engine.models import load_language_model, shrink
+from engine.origin import describe
 from engine.settings import PRESETS, SettingError
 from engine.reward import RewardModel
 from engine.rows import load_comparisons, load_posts

@@ -11,6 +11,7 @@ from test_full import OPENAI, OTHERWISE, VWXYZJN, hub, local, make_tokenizer, no
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig, T5Config
 
 from engine import main, start
+from engine.adapters import add_adapter, save_plain
 from engine.folder import Run
 from engine.main import parse_settings
 from engine.settings import PRESETS, SettingError
@@ -161,9 +162,8 @@ def test_max_posts_bounds_what_is_trained_on(hub, base, tmp_path):  # noqa: F811
 
 
 def test_the_saved_config_says_the_type_that_was_saved(base, tmp_path):
-    from engine.adapters import add_adapter
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
-    add_adapter(model, 2, 0).save_pretrained(tmp_path)
+    save_plain(add_adapter(model, 2, 0), tmp_path)
     assert AutoConfig.from_pretrained(tmp_path).dtype == torch.float32
 
 

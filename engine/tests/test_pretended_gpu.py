@@ -34,7 +34,7 @@ from engine import judges, main, ppo, reward, sampling, sft
 from engine.adapters import add_adapter, checkpoint_activations
 from engine import batches
 from engine.devices import mixed_precision, prepare
-from engine.folder import flatten, put_back
+from engine.checkpoints import flatten, put_back
 from engine.memory import MARGIN, memory_plan
 from lm import generator_for
 
@@ -283,10 +283,9 @@ class FlowRun:
 
     seed = 0
 
-    def steps(self, stage, total, snapshot=False, **parts):
-        saved = {}
+    def steps(self, stage, total, **parts):
         for step in range(min(total, 2)):
-            saved = flatten(parts, copy=True, into=saved)
+            saved = flatten(parts)
             assert all(tensor.device.type == "cpu" for tensor in saved.values())
             put_back(parts, saved)
             yield step
@@ -443,7 +442,7 @@ class SecondStep:
     def __init__(self, mode):
         self.mode = mode
 
-    def steps(self, stage, total, snapshot=False, **parts):
+    def steps(self, stage, total, **parts):
         yield 0
         self.mode.peaks = {}
         self.mode.there[stage] = self.mode.now

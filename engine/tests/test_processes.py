@@ -193,36 +193,34 @@ def ppo_with(folder, patched, **changes):
             for name, function in patched.items():
                 patch.setattr(name, function)
             run = SlowToSave(folder, CONFIG)
-            try:
-                with run.guarded():
-                    train("ppo", run, changes)
-            except SettingError as error:
-                raise SettingError(f"{error} {saved_in(folder)}") from None
+            with run.guarded():
+                train("ppo", run, changes)
     return test
 
 
-def nan_reward(*arguments):
-    return SCORES(*arguments) * only(1, math.nan, 1.0)
+def nan_reward(*arguments, **k):
+    return SCORES(*arguments, **k) * only(1, math.nan, 1.0)
 
 
 def nan_logit(logits, *rest):
     return NEXT_TOKEN(logits * only(1, math.nan, 1.0), *rest)
 
 
-def not_itself(*arguments):
+def not_itself(*arguments, **k):
     """In the rollout, and not in the update, log-probs are higher by 0.01 nats."""
-    return LOG_PROBS(*arguments) + only(1, 0.0 if torch.is_grad_enabled() else 0.01, 0.0)
+    return LOG_PROBS(*arguments, **k) + only(1, 0.0 if torch.is_grad_enabled() else 0.01, 0.0)
 
 
-def out_of_memory(*arguments):
+def out_of_memory(*arguments, **k):
     if rank() == 1:
         raise torch.OutOfMemoryError("CUDA out of memory")
-    return VALUES(*arguments)
+    return VALUES(*arguments, **k)
 
 
-def out_of_memory_later(*arguments):
+def out_of_memory_later(*arguments, **k):
     """In the update, where backward needs all activations."""
-    return out_of_memory(*arguments) if torch.is_grad_enabled() else VALUES(*arguments)
+    function = out_of_memory if torch.is_grad_enabled() else VALUES
+    return function(*arguments, **k)
 
 
 SCORES, VALUES, LOG_PROBS = ppo.final_scores, ppo.response_values, ppo.response_log_probs
@@ -481,8 +479,8 @@ def test_two_processes_end_with_equal_weights(two):
 # ---------------------------------------------------------------------------- the same end
 
 EXPECTED = {  # on both processes: the exception, and what it says
-    "nan reward": ("SettingError", "ppo step 0: reward is NaN.*'ppo-00000000"),
-    "nan logit": ("SettingError", "ppo step 0: logit is NaN.*'ppo-00000000"),
+    "nan reward": ("SettingError", "ppo step 0: reward is NaN.*what was saved before stays"),
+    "nan logit": ("SettingError", "ppo step 0: logit is NaN.*what was saved before stays"),
     "ratio": ("RuntimeError", "differ from the old ones by 0.01"),
     "memory": ("OutOfMemoryError", "CUDA out of memory"),
     "memory later": ("OutOfMemoryError", "CUDA out of memory"),
