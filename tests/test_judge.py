@@ -57,19 +57,13 @@ def test_each_order_is_one_call_with_all_pairs():
     assert judge_pairwise(always(), [], [], []) == []
 
 
-@pytest.mark.parametrize("wrong", ["a", "C", "", " A", "A.", "Answer: A", "tie", 1, True, 0.5, NAN,
-                                   False, ["A"], ("A", "B")])
-def test_a_verdict_that_is_none_of_the_three(wrong):
-    good = ["A", "B"]
-    for answers in (([good[0], wrong], good), (good, [wrong, good[1]])):  # in either order
-        with pytest.raises(ValueError, match=re.escape(repr(wrong))):
-            judge_pairwise(in_turn(*answers), some_posts(2), ["x", "y"], ["z", "w"])
-
-
-@pytest.mark.parametrize("number", [0, 1, 3])
-def test_a_wrong_number_of_verdicts(number):
-    for answers in ((["A"] * number, ["B"] * 2), (["A"] * 2, ["B"] * number)):
-        with pytest.raises(ValueError, match=f"not 2 x .* {number}"):
+@pytest.mark.parametrize("verdicts, said", [
+    *((["A", wrong], re.escape(repr(wrong))) for wrong in (
+        "a", "C", "", " A", "A.", "Answer: A", "tie", 1, True, 0.5, NAN, False, ["A"], ("A", "B"))),
+    *((["A"] * number, f"not 2 x .* {number}") for number in (0, 1, 3))])
+def test_a_verdict_that_is_none_of_the_three_and_a_wrong_number_of_verdicts(verdicts, said):
+    for answers in ((verdicts, ["A", "B"]), (["A", "B"], verdicts)):  # in either order
+        with pytest.raises(ValueError, match=said):
             judge_pairwise(in_turn(*answers), some_posts(2), ["x", "y"], ["z", "w"])
 
 
@@ -88,41 +82,41 @@ def outcomes_of(wins=0, losses=0, ties=0, abstentions=0):
     return [1.0] * wins + [0.0] * losses + [0.5] * ties + [None] * abstentions
 
 
-def test_the_numbers_of_item_51():
-    result = win_rate(outcomes_of(60, 30, 10))
-    assert dataclasses.astuple(result)[:5] == (60, 30, 10, 0, 100)
-    assert result.win_rate == pytest.approx(0.65), "(60 + 10/2) / 100: a tie is half a win"
-    assert result.conditional_win_rate == pytest.approx(0.666667, abs=1e-6)  # 60 / 90
-    assert result.decision_rate == pytest.approx(0.90)  # 90 / 100
+@pytest.mark.parametrize("counts, rates, interval", [
+    # checklist item 51: (60 + 10/2) / 100, 60 / 90, 90 / 100
+    ((60, 30, 10, 0), (0.65, 0.666667, 0.9), (0.552544, 0.736358)),
+    # (6 + 2/2) / 11, 6 / 9, 9 / 16; 11 answered. z^2 = 3.841459: center (.636364 + 3.841459/22) /
+    # (1 + 3.841459/11) = .601068, half 1.959964/1.349224 * sqrt(.636364*.363636/11 + 3.841459/484)
+    ((6, 3, 2, 5), (0.636364, 0.666667, 0.5625), (0.353801, 0.848335)),
+    # a rate over nothing is NaN
+    ((0, 0, 0, 0), (NAN, NAN, NAN), (NAN, NAN)), ((0, 0, 0, 3), (NAN, NAN, 0), (NAN, NAN)),
+    ((0, 0, 4, 0), (0.5, NAN, 0), (0.150039, 0.849961)),
+    # item 52, then .8 + 1.96 * sqrt(.8 * .2 / 10) would be 1.048; 3.841459 / (10 + 3.841459), where
+    # the plain interval is a point, and its mirror image; 1 / (1 + 3.841459)
+    ((60, 30, 0, 90), (0.666667, 0.666667, 0.5), (0.564223, 0.755465)),
+    ((8, 2, 0, 0), (0.8, 0.8, 1), (0.490162, 0.943318)), ((0, 10, 0, 0), (0, 0, 1), (0, 0.277533)),
+    ((10, 0, 0, 0), (1, 1, 1), (0.722467, 1)), ((1, 0, 0, 0), (1, 1, 1), (0.206549, 1))])
+def test_wins_losses_ties_and_abstentions(counts, rates, interval):
+    outcomes = outcomes_of(*counts)
+    random.Random(0).shuffle(outcomes)
+    result = win_rate(outcomes)
+    assert dataclasses.astuple(result)[:5] == (*counts, sum(counts))
+    found = result.win_rate, result.conditional_win_rate, result.decision_rate
+    assert found == pytest.approx(rates, abs=1e-6, nan_ok=True), (
+        "a tie is half a win, an abstention neither a loss nor a tie")
+    assert (result.low, result.high) == pytest.approx(interval, abs=1e-6, nan_ok=True), (
+        "Wilson's 95 % interval among the answered posts: two orders of a pair are one sample")
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.wins = 61
 
 
-def test_abstentions_are_neither_losses_nor_ties():
-    outcomes = outcomes_of(6, 3, 2, 5)
-    random.Random(0).shuffle(outcomes)
-    result = win_rate(outcomes)
-    assert (result.wins, result.losses, result.ties, result.abstentions) == (6, 3, 2, 5)
-    assert result.total == 16
-    assert result.win_rate == pytest.approx(7 / 11)  # (6 + 2/2) / (6 + 3 + 2)
-    assert result.conditional_win_rate == pytest.approx(6 / 9)
-    assert result.decision_rate == pytest.approx(9 / 16)  # of all that were asked
-    # 11 answered. z^2 = 3.841459: center (.636364 + 3.841459/22) / (1 + 3.841459/11) = .601068,
-    # half 1.959964/1.349224 * sqrt(.636364*.363636/11 + 3.841459/484) = .247267
-    assert (result.low, result.high) == pytest.approx((0.353801, 0.848335), abs=1e-6), (
-        "the 95 % interval of 7 among 11 answered posts: two orders of a pair are one sample")
-
-
-def test_a_rate_over_nothing_is_nan():
-    nothing = dataclasses.astuple(win_rate([]))
-    assert nothing[:5] == (0, 0, 0, 0, 0) and all(math.isnan(x) for x in nothing[5:])
-    silent = win_rate([None] * 3)
-    assert dataclasses.astuple(silent)[:5] == (0, 0, 0, 3, 3) and silent.decision_rate == 0.0
-    assert all(math.isnan(x) for x in (silent.win_rate, silent.conditional_win_rate, silent.low,
-                                       silent.high))
-    tied = win_rate([0.5] * 4)
-    assert tied.win_rate == 0.5 and math.isnan(tied.conditional_win_rate)
-    assert 0 < tied.low < 0.5 < tied.high < 1
+def test_the_interval_stays_inside_and_solves_its_equation():
+    for n in (1, 3, 7, 30, 1001):
+        for share in (0.0, 0.5 / n, 1.0):
+            low, high = wilson_interval(share, n)
+            assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1, "rounding, an interval"
+            for p in (low, high):
+                assert (share - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-9)
 
 
 @pytest.mark.parametrize("wrong", [0.75, 2, -1.0, "A", "1.0", NAN])
@@ -131,20 +125,6 @@ def test_an_outcome_that_is_none_of_the_four(wrong):
         win_rate([1.0, wrong])
     with pytest.raises(ValueError, match="outcome"):
         length_controlled_win_rate([1.0, wrong], [1, 1], [1, 1])
-
-
-@pytest.mark.parametrize("wins, n, low, high", [
-    (60, 90, 0.564223, 0.755465),  # checklist item 52
-    (8, 10, 0.490162, 0.943318),   # .8 + 1.96 * sqrt(.8 * .2 / 10) would be 1.048
-    (0, 10, 0.0, 0.277533),        # 3.841459 / (10 + 3.841459); the plain interval is a point
-    (10, 10, 0.722467, 1.0),       # its mirror image
-    (1, 1, 0.206549, 1.0),         # 1 / (1 + 3.841459)
-])
-def test_the_intervals_of_item_52(wins, n, low, high):
-    result = win_rate(outcomes_of(wins, n - wins, abstentions=n))
-    assert (result.low, result.high) == pytest.approx((low, high), abs=1e-6)
-    for n in (3, 7, 30, 1001):  # rounding leads nowhere outside
-        assert wilson_interval(0.0, n)[0] >= 0 and wilson_interval(1.0, n)[1] <= 1
 
 
 # ---------------------------------------------------------------------------- length, appendix F
@@ -239,23 +219,23 @@ def test_lengths_that_are_none(ours, theirs):
             length_controlled_win_rate(outcomes, ours, theirs)
 
 
-# ---------------------------------------------------------------------------- best of n
+# ---------------------------------------------------------------------------- best of n, scores
 
 
-@pytest.mark.parametrize("n, kl", [
-    (1, 0), (2, 0.193147), (4, 0.636294), (8, 1.204442), (16, 1.835089), (64, 3.174508),
-    (256, 4.549084), (512, 5.240278), (2048, 6.625107)])
-def test_best_of_n_kl_of_item_48(n, kl):
-    assert best_of_n_kl(n) == pytest.approx(kl, abs=1e-6)
+def test_best_of_n_kl_of_item_48():
+    for n, kl in ((1, 0), (2, 0.193147), (4, 0.636294), (16, 1.835089), (2048, 6.625107)):
+        assert best_of_n_kl(n) == pytest.approx(kl, abs=1e-6)
+    for n in (0, -1, 0.5):
+        with pytest.raises(ValueError, match="n must be"):
+            best_of_n_kl(n)
 
 
-@pytest.mark.parametrize("n", [0, -1, 0.5])
-def test_best_of_nothing(n):
-    with pytest.raises(ValueError, match="n must be"):
-        best_of_n_kl(n)
-
-
-# ---------------------------------------------------------------------------- judges with a score
+def test_best_of_n_takes_the_best_by_score():
+    written, samples = [], ["a", "bbb", "bb", "c", "cccc", "cc"]
+    best = best_of_n(lambda *asked: written.append(asked) or samples,
+                     lambda posts, texts: list(map(len, texts)), "model", ["p", "q"], 3)
+    assert best == ["bbb", "cccc"]
+    assert written == [("model", ["p"] * 3 + ["q"] * 3, 0.7, "best of n")]  # T = 0.7: G.3
 
 
 def test_quality_judge():
@@ -267,12 +247,9 @@ def test_quality_judge():
     assert taste(posts, ours, theirs) == ["A", "B", "A", "A"]
     assert taste(posts, theirs, ours) == ["B", "A", "A", "A"]
     assert judge_pairwise(taste, posts, ours, theirs) == [1.0, 0.0, 0.5, 0.5]
-
-
-def test_reward_model_judge_asks_for_whole_batches():
     calls = []
     reader = reward_model_judge(lambda *asked: calls.append(asked) or list(map(len, asked[1])))
-    assert reader(["p", "q"], ["aa", "b"], ["a", "bb"]) == ["A", "B"]
+    assert reader(["p", "q"], ["aa", "b"], ["a", "bb"]) == ["A", "B"], "whole batches are scored"
     assert sorted(calls) == [(["p", "q"], ["a", "bb"]), (["p", "q"], ["aa", "b"])]
 
 
@@ -397,18 +374,6 @@ def test_every_policy_against_the_references_and_what_is_said_of_it():
     results, _ = judge.compare_summaries(ask, POSTS, sft, ppo, best)
     assert results.keys() == {*outcomes, "ideal_vs_reference"} and asked[-1][1] == IDEALS
     assert judge.win_rate_table(results)[-1][0] == "the ideal against reference"
-
-
-def test_best_of_n_takes_the_best_by_score():
-    written = []
-
-    def write(*asked):
-        written.append(asked)
-        return ["a", "bbb", "bb", "c", "cccc", "cc"]
-
-    best = best_of_n(write, lambda posts, samples: list(map(len, samples)), "model", ["p", "q"], 3)
-    assert best == ["bbb", "cccc"]
-    assert written == [("model", ["p"] * 3 + ["q"] * 3, 0.7, "best of n")]  # T = 0.7: G.3
 
 
 # ---------------------------------------------------------------------------- the reward model

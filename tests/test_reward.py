@@ -48,8 +48,6 @@ def test_preference_loss_extremes(dtype):
         hint = "-log(sigmoid(d)) overflows, log(1 + exp(-d)) too: use logsigmoid"
         close(value, loss, hint)
         close(chosen.grad, [slope], hint)
-    both = preference_loss(t([1e4, -1e4], dtype), t([0, 0], dtype))
-    close(both, 5e3, "one hopeless pair and one sure one")
 
 
 def test_preference_loss_contract():
@@ -147,9 +145,6 @@ def test_score_summaries_keeps_the_order():
               "batches of similar length must not change which score is whose", 1e-4)
 
 
-# ---------------------------------------------------------------------------- initialisation
-
-
 @pytest.mark.parametrize("width, copies, std", [(7, 300, .353553), (128, 20, .088045),
                                                 (2048, 1, .022092)])
 def test_head_init(width, copies, std):
@@ -173,17 +168,13 @@ def test_the_interface_of_a_new_model(architecture):
     assert isinstance(model.head, torch.nn.Linear) and model.head.weight.shape == (1, 32)
     assert model.reference_mean.shape == () and model.reference_mean == 0
     assert "reference_mean" in model.state_dict(), "a buffer, or it is lost when saved"
-    assert "reference_mean" not in dict(model.named_parameters()), "no gradient step moves it"
     trunk = sum(parameter.numel() for parameter in language_model.base_model.parameters())
     assert sum(parameter.numel() for parameter in model.parameters()) == trunk + 32 + 1, (
-        "trunk + head of d weights and a bias; the language model's own head is dropped")
-
-
-def test_head_and_mean_are_on_the_device_of_the_trunk():
+        "trunk + head of d weights and a bias; the language model's own head is dropped, and no "
+        "gradient step moves reference_mean")
     with torch.device("meta"):  # stands for a GPU
-        language_model = build(CONFIGS["gpt2"]())
-    model = RewardModel(language_model)
-    assert {t.device.type for t in model.state_dict().values()} == {"meta"}
+        language_model = build(CONFIGS[architecture]())
+    assert {x.device.type for x in RewardModel(language_model).state_dict().values()} == {"meta"}
 
 
 @every_architecture
@@ -198,10 +189,6 @@ def test_the_trunk_is_a_copy(architecture):
         assert not torch.equal(model.score(ids, mask), scores)
         assert torch.equal(language_model(ids).logits, text), (
             "changing the reward model changed the language model: copy its trunk")
-        scores = model.score(ids, mask)
-        for parameter in language_model.parameters():
-            parameter.add_(1)
-        assert torch.equal(model.score(ids, mask), scores), "and the other way round"
 
 
 @every_architecture
@@ -262,13 +249,7 @@ def test_scores_and_values_do_not_see_the_padding(architecture, left, right, pad
               "attention mask, position ids, or the wrong token?", 1e-5)
         close(values[row, : len(response)], expected[len(query) - 1: -1],
               "the values of a text alone and in a padded batch", 1e-5)
-
-
-@every_architecture
-@torch.no_grad()
-def test_scores_do_not_see_padding_in_the_middle(architecture):
     # transformers guesses a missing attention mask from the position ids, but not in this case
-    model = reward_model(architecture)
     ids, mask = torch.tensor([[5, 6, 0, 0, 18, 19, 2]]), torch.tensor([[1, 1, 0, 0, 1, 1, 1]])
     expected = model.score(ids[mask.bool()][None], torch.ones(1, 5).long())
     close(model.score(ids, mask), expected, "attention mask not passed on to the trunk?", 1e-5)
@@ -282,34 +263,24 @@ def test_saved_and_loaded_the_scores_are_identical(architecture, tmp_path):
     for place in (folder, str(folder)):  # a path or a string; again into the same folder
         model.save_pretrained(place)
         loaded = RewardModel.from_pretrained(place)
-        with torch.no_grad():
-            assert torch.equal(loaded.score(ids, mask), model.score(ids, mask)), (
-                "other scores after loading: is reference_mean saved? the head?")
+        assert torch.equal(loaded.score(ids, mask), model.score(ids, mask)), (
+            "other scores after loading: is reference_mean saved? the head?")
     assert loaded.reference_mean == 1.25
     assert not any(module.training for module in loaded.modules()), "loaded in eval mode"
-    assert list(folder.glob("*.safetensors")) and not list(folder.glob("*.bin")) + list(
-        folder.glob("*.pt")), "weights are safetensors"
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors"}
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, dict(model.named_parameters())[name])
         assert parameter.requires_grad, "a loaded model can be trained on (the critic)"
 
 
 @every_architecture
-def test_the_preference_loss_reaches_trunk_and_head(architecture):
+def test_the_preference_loss_reaches_trunk_and_head_and_no_padding(architecture):
     model = reward_model(architecture)
-    ids, mask, _, _ = padded(QUERIES, RESPONSES)
-    chosen, rejected = model.score(ids, mask).chunk(2)
-    preference_loss(chosen, rejected).backward()
+    ids, mask, _, _ = padded(QUERIES, RESPONSES, 2, 2, pad_id=39)
+    preference_loss(*model.score(ids, mask).chunk(2)).backward()
     for name, parameter in model.named_parameters():
         if name != "head.bias":  # it shifts both scores of a pair: no gradient
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     assert model.head.bias.grad.abs() < 1e-7, "the bias is no part of any difference"
-
-
-def test_the_padding_of_a_batch_gets_no_gradient():
-    model = reward_model("gpt2")
-    ids, mask, _, _ = padded(QUERIES, RESPONSES, 2, 2, pad_id=39)
-    model.score(ids, mask).sum().backward()
     embedding = next(p.grad for p in model.parameters() if p.shape == (40, 32))
-    assert (embedding[39] == 0).all() and embedding[5].abs().sum() > 0, (
-        "a score depends on the padding token")
+    assert (embedding[39] == 0).all(), "a score depends on the padding token"

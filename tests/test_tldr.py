@@ -30,8 +30,8 @@ def text_of(ids):
     ({"subreddit": None, "title": None, "post": "p"},
      "SUBREDDIT: r/\n\nTITLE: \n\nPOST: p\n\nTL;DR:"),
     # filled in one pass: what stands in a field is text
-    ({"subreddit": "{post}", "title": "{subreddit}", "post": "{title} {} {{post}} %s $post {0}"},
-     "SUBREDDIT: r/{post}\n\nTITLE: {subreddit}\n\nPOST: {title} {} {{post}} %s $post {0}\n\nTL;DR:"),
+    ({"subreddit": "{post}", "title": "{subreddit}", "post": "{title} {} {{post}} %s {0}"},
+     "SUBREDDIT: r/{post}\n\nTITLE: {subreddit}\n\nPOST: {title} {} {{post}} %s {0}\n\nTL;DR:"),
 ])
 def test_prompt_format(post, prompt):
     assert build_prompt(post) == prompt

@@ -40,36 +40,37 @@ def test_taste_by_hand(summary, quality):
 
 def test_ideal_is_above_the_reference_and_every_corruption():
     for i, post in enumerate(POSTS):
-        ideal = toy.ideal_summary(post)
-        words, clauses = ideal.split(), [part + end for part, end in zip(
-            ideal.replace("?", ".").split(".")[:3], "..?")]
-        rng = random.Random(i)
-        name = rng.choice(list(toy.FACTS))
-        swapped = rng.choice([v for v in toy.FACTS[name] if v != post["facts"][name]])
-        shuffled = rng.sample(words, len(words))
+        ideal, draw = toy.ideal_summary(post), random.Random(i)
+        words = ideal.split()
+        clauses = [clause.format(**post["facts"]) for clause in toy.CLAUSES.values()]
+        name = draw.choice(list(toy.FACTS))
+        swapped = draw.choice([value for value in toy.FACTS[name] if value != post["facts"][name]])
+        shuffled = draw.sample(words, len(words))
         corruptions = [
             post["summary"], toy.reference_summary(post, 99), ideal + " " + ideal, post["post"], "",
-            ideal.replace(post["facts"][name], swapped),
+            ideal.replace(post["facts"][name], swapped), " ".join(clauses[::-1]),
             " ".join(shuffled) if shuffled != words else "x",
-            " ".join(c.strip() for c in clauses[::-1]),
             toy.ideal_summary(next(p for p in POSTS if p["facts"] != post["facts"])),
             *(" ".join(words[:k] + words[k + 1:]) for k in range(len(words))),  # a word dropped
             *(ideal.replace(clause, "", 1) for clause in clauses),  # a clause dropped
-            *(ideal + clause for clause in clauses),  # a clause said twice
-            ideal + " " + rng.choice(toy.ASIDES), ideal.upper()[::-1], "?!.", "\n", "a" * 10_000,
-        ]
-        best = toy.true_quality(post, ideal)
-        assert best == 5.0
+            *(f"{ideal} {clause}" for clause in clauses),  # a clause said twice
+            ideal + " " + draw.choice(toy.ASIDES), ideal.upper()[::-1], "?!.", "\n", "a" * 10_000]
+        assert toy.true_quality(post, ideal) == 5.0
         for text in corruptions:
             quality = toy.true_quality(post, text)
-            assert math.isfinite(quality) and quality < best, text
+            assert math.isfinite(quality) and quality < 5, text
 
 
 def test_same_seed_same_world_and_global_random_state_untouched():
     state, torch_state = random.getstate(), torch.get_rng_state()
-    assert toy.make_posts(20, 5) == toy.make_posts(20, 5) != toy.make_posts(20, 6)
+    settings = SimpleNamespace(seed=0, toy_held_out=7, toy_comparisons=80, toy_posts=30)
+    parts = toy.make_data(settings)
+    assert [len(part) for part in parts] == [30, 7, 80, 10]  # an eighth of the comparisons
+    assert len({post["post"] for part in parts for post in part}) == 127, "a post in two parts"
+    assert toy.make_data(settings) == parts != toy.make_data(SimpleNamespace(
+        **{**vars(settings), "seed": 1}))
     assert toy.reference_summary(POST, 1) == toy.reference_summary(POST, 1)
-    assert {toy.reference_summary(POST, seed) for seed in range(30)} != {POST["post"]}
+    assert len({toy.reference_summary(POST, seed) for seed in range(30)}) > 3
     comparisons = [toy.make_comparisons(POSTS, ["x"] * 10, ["y"] * 5, "s") for _ in range(2)]
     assert comparisons[0] == comparisons[1]
     assert random.getstate() == state and torch.equal(torch.get_rng_state(), torch_state)
@@ -131,10 +132,14 @@ def test_label_ceiling_counts_the_likelier_label():
     assert toy.label_ceiling([{"log_odds": 1.0}, {"log_odds": -2.0}]) == pytest.approx(0.805928)
 
 
-def test_confused_pair_differs_in_facts_only():
-    rng = random.Random(4)
-    for post in POSTS:
-        summary, confusion = toy.confused_pair(post, rng)
+def test_pairs_that_differ_in_facts_only():
+    ideal, swapped = toy.swapped_fact_pairs(POSTS, 0)
+    assert ideal == list(map(toy.ideal_summary, POSTS))
+    assert toy.swapped_fact_pairs(POSTS, 0)[1] == swapped != toy.swapped_fact_pairs(POSTS, 1)[1]
+    draw = random.Random(4)
+    for post, text in zip(POSTS, swapped):
+        assert toy.true_quality(post, text) == 2.0, "four facts right, one wrong: 4 - 2"
+        summary, confusion = toy.confused_pair(post, draw)
         assert summary != confusion and len(summary.split()) == len(confusion.split())
         assert [c for c, _ in toy.read_summary(summary)] == [
             c for c, _ in toy.read_summary(confusion)]
@@ -175,34 +180,12 @@ def test_nobody_waits_for_posts_that_do_not_come(who, posts, monkeypatch):
         toy.make_posts(most + (posts > 0), 0)
 
 
-def test_no_post_is_in_two_parts_of_the_data():
-    settings = SimpleNamespace(seed=0, toy_held_out=7, toy_comparisons=80, toy_posts=30)
-    state = random.getstate()
-    posts, held_out, compared, compared_held_out = parts = toy.make_data(settings)
-    assert [len(part) for part in parts] == [30, 7, 80, 10]  # an eighth of the comparisons
-    assert len({post["post"] for part in parts for post in part}) == 127
-    assert toy.make_data(settings) == parts and random.getstate() == state
-    settings.seed = 1
-    assert toy.make_data(settings)[0] != posts
-
-
-def test_swapped_pairs_differ_in_one_fact():
-    ideal, swapped = toy.swapped_fact_pairs(POSTS, 0)
-    assert ideal == list(map(toy.ideal_summary, POSTS))
-    for post, text in zip(POSTS, swapped):
-        assert toy.true_quality(post, text) == 2.0, "four facts right, one wrong: 4 - 2"
-    assert toy.swapped_fact_pairs(POSTS, 0)[1] == swapped != toy.swapped_fact_pairs(POSTS, 1)[1]
-
-
 def test_what_is_compared_and_by_whom():
     rows = toy.make_comparisons(POSTS[:3], ["My boss.", "I."], ["It."], 0)
-    assert [sorted(row["policies"]) for row in rows] == [
-        ["sft", "sft"], ["ref", "sft"], ["confused", "human"]]
     texts = [dict(zip(row["policies"], (row["chosen"], row["rejected"]))) for row in rows]
     assert {rows[0]["chosen"], rows[0]["rejected"]} == {"My boss.", "It."}
-    assert texts[1] == {"sft": "I.", "ref": POSTS[1]["summary"]}
-    assert toy.true_quality(POSTS[2], texts[2]["human"]) > toy.true_quality(
-        POSTS[2], texts[2]["confused"]) and [row["post"] for row in rows] == POSTS[:3]
+    assert texts[0].keys() == {"sft"} and texts[1] == {"sft": "I.", "ref": POSTS[1]["summary"]}
+    assert texts[2].keys() == {"human", "confused"} and [row["post"] for row in rows] == POSTS[:3]
 
 
 def test_fact_accuracy_counts_stated_facts():
