@@ -173,6 +173,7 @@ class Source:
         self.home = {alias.name: node.module for node in imported
                      if isinstance(node, ast.ImportFrom) for alias in node.names}
         self.home |= {name: module for name in self.functions}
+        self.calls = self.calls_in()
         scopes = [name for name, _, first, last in self.sections for _ in range(first, last + 1)]
         self.html = colour(self.text, [""] * self.imports[1] + scopes, module)
 
@@ -180,22 +181,18 @@ class Source:
         first = self.sections[-1][3] + 1 if self.sections else self.imports[1] + 1
         self.sections.append((name, node, first, last))
 
-    def called(self, lines):
-        """Full names of our functions that stand in some lines, in their order."""
+    def calls_in(self):
+        """Where the names of our functions stand: [(line, column, full name)], in their order."""
         found = []
         for node in ast.walk(self.tree):
-            if getattr(node, "lineno", 0) in lines:
-                match node:
-                    case ast.Name(id=name) if name in self.home:
-                        full = f"{self.home[name]}.{name}"
-                    case ast.Attribute(attr=name) if name in METHODS:
-                        full = METHODS[name]
-                    case ast.Attribute(value=ast.Name(id=module), attr=name):
-                        full = f"{module}.{name}"
-                    case _:
-                        continue
-                found.append((node.lineno, node.col_offset, full))
-        return list(dict.fromkeys(full for _, _, full in sorted(found)))
+            match node:
+                case ast.Name(id=name, ctx=ast.Load()) if name in self.home:
+                    found.append((node.lineno, node.col_offset, f"{self.home[name]}.{name}"))
+                case ast.Attribute(attr=name) if name in METHODS:
+                    found.append((node.lineno, node.col_offset, METHODS[name]))
+                case ast.Attribute(value=ast.Name(id=module), attr=name):
+                    found.append((node.lineno, node.col_offset, f"{module}.{name}"))
+        return sorted(found)
 
     def code(self, numbers):
         return "\n".join(self.html[i - 1] for i in numbers).strip("\n")
@@ -204,7 +201,8 @@ class Source:
         """Lines -> [(kind, their numbers)]: "code", "say" (comments), "heading" or "guard"."""
         doc, folded = (), set()
         if node and ast.get_docstring(node):
-            doc = range(node.body[0].lineno, node.body[0].end_lineno + 1)
+            end = node.body[0].end_lineno  # and a blank line after it
+            doc = range(node.body[0].lineno, end + 1 + (not self.lines[end].strip()))
         if node and not node.name.startswith("check_"):  # where to refuse is what it is for
             for sub in ast.walk(node):
                 if is_guard(sub):
@@ -260,8 +258,8 @@ def section(source, name, node, first, last, example):
                      f"checks, {lines}</summary><pre>{source.code(numbers)}</pre></details>"]
             waiting = []
         else:
-            steps = [other for other in source.called(numbers)
-                     if FORMULAS.get(other, ("",))[0] and other not in shown]
+            steps = dict.fromkeys(other for line, _, other in source.calls if line in numbers
+                                  and FORMULAS.get(other, ("",))[0] and other not in shown)
             shown |= set(steps)
             html += [note(equation(other, link=True), "note step") for other in steps] + waiting
             html.append(f"<pre>{source.code(numbers)}</pre>")
@@ -287,7 +285,7 @@ def pencil(source, name, example):
                       source.lines[statement.lineno - 1 : statement.end_lineno]]
             printed[len(lines)] = example[statement]
     elif full in equations.PENCIL_TESTS:
-        lines, path = examples.lines_of_test(equations.PENCIL_TESTS[full])
+        lines, path = examples.tests().get(equations.PENCIL_TESTS[full], ([], ""))
         text += f"\n\nA test of `tests/{path}`:" * bool(path)
     code = ""
     for i, line in enumerate(colour("\n".join(lines), [name] * len(lines), source.module), 1):

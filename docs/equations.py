@@ -9,8 +9,9 @@ one thing in the equation and in the code.
 MAP = [
     {"paper": "B.2, Table 4",
      "equation": "the prompt; a post that is too long is cut at newlines",
-     "functions": {"tldr.build_prompt": "", "tldr.encode_prompts": ""},
-     "test": "test_tldr.py", "pencil": "`python tldr.py`"},
+     "functions": {"tldr.build_prompt": "", "tldr.truncate_post": "", "tldr.encode_prompts": ""},
+     "test": "test_tldr.py", "of": "tldr.truncate_post",
+     "pencil": "lines a, bb and cccc in a frame of three characters, at most 10: a and bb stay"},
     {"paper": "3.4",
      "equation": "maximise log π(y\\|x) on references",
      "functions": {"sft.train_sft":
@@ -280,7 +281,7 @@ PENCIL_TESTS = {
     "lm.encode_responses": "test_encode_responses",
     "lm.cosine_schedule": "test_schedules",
     "reward.RewardModel.score": "test_the_score_stands_at_the_last_real_token",
-    "ppo.penalize_missing_eos": "test_without_eos_the_penalty_is_paid_and_the_kl_too",
+    "ppo.penalize_missing_eos": "test_penalize_missing_eos_replaces_the_score",
     "judge.best_of_n": "test_best_of_n_takes_the_best_by_score",
     "judge.quality_judge": "test_quality_judge",
     "judge.length_accuracy": "test_length_and_post_blind_baselines",

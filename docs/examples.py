@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import importlib
 import io
 import re
@@ -69,12 +70,14 @@ def of(source):
     return found
 
 
-def lines_of_test(name):
-    """The lines of a test, and its file under tests/; no line where there is no such test."""
+@functools.cache
+def tests():
+    """{name: (its lines, its file)} of all tests of the plain house."""
+    found = {}
     for path in sorted(TESTS.glob("test_*.py")):
         source = path.read_text(encoding="utf-8")
         for node in ast.parse(source).body:
-            if getattr(node, "name", "") == name:
+            if isinstance(node, ast.FunctionDef):
                 first = min(line.lineno for line in [node, *node.decorator_list])
-                return source.split("\n")[first - 1 : node.end_lineno], path.name
-    return [], ""
+                found[node.name] = source.split("\n")[first - 1 : node.end_lineno], path.name
+    return found

@@ -26,3 +26,4 @@ document.addEventListener("focusin", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") light();
 });
+document.querySelector("[aria-current]").scrollIntoView({ inline: "center", block: "nearest" });
