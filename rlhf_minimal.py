@@ -411,12 +411,13 @@ def main(arguments=()):
     except (FloatingPointError, RuntimeError) as error:
         if "finite" not in str(error):
             raise
-        sys.exit(f"rlhf_minimal: after {run.lines[-1:]}: {error} Lower that stage's rate, and begin "
-                 "anew with --restart")
+        sys.exit(f"rlhf_minimal: after {run.lines[-1:]}: {error} Lower that stage's rate, and "
+                 "begin anew with --restart")
     except KeyboardInterrupt:
         words = [word for word in arguments if word not in ("--resume", "--restart")]
         words += ["--output_dir", settings.output_dir, "--resume"]
-        sys.exit(f"rlhf_minimal: stopped. Go on with: {shlex.join(['python', sys.argv[0], *words])}")
+        words = shlex.join(["python", sys.argv[0], *words])
+        sys.exit(f"rlhf_minimal: stopped. Go on with: {words}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from rlhf_minimal import Run, SettingError, parse_settings
 ROOT = Path(rlhf_minimal.__file__).resolve().parent
 TINY = ("--seed 4 --toy_posts 96 --toy_comparisons 64 --toy_held_out 12 --toy_width 16 "
         "--toy_heads 2 --toy_layers 1 --ppo_episodes 24 --ppo_batch_size 8 --ppo_epochs 1 "
-        "--judge_every 2 --judge_during 4 --judge_posts 8 --best_of_n 2 --response_length 8").split()
+        "--judge_every 2 --judge_during 4 --judge_posts 8 --best_of_n 2 "
+        "--response_length 8").split()
 MODELS = "sft", "reward_model", "critic", "policy"
 
 
@@ -103,16 +104,21 @@ def test_a_run_leaves_every_file_also_without_an_engine(finished):
     folder = finished.folder
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "results.json", *MODELS}
+    sft, policy = (AutoModelForCausalLM.from_pretrained(folder / name)
+                   for name in ("sft", "policy"))
+    assert any((one != two).any() for one, two in zip(sft.parameters(), policy.parameters()))
     for name in MODELS:
-        assert (folder / name / "model.safetensors").exists()
-        assert (folder / name / "tokenizer.json").exists()
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    reward_model = RewardModel.from_pretrained(folder / "reward_model")
+    assert reward_model.reference_mean != 0 and not reward_model.training
     results = json.loads((folder / "results.json").read_text())
     for key in ("preset seed reward_accuracy reward_accuracy_longest_wins sft_vs_reference "
                 "ppo_vs_reference ppo_vs_sft best_of_n_vs_reference kl_per_summary reward_sft "
                 "reward_ppo mean_length_sft mean_length_ppo seconds peak_memory_bytes "
                 "reward_accuracy_true_taste reward_accuracy_post_blind ideal_vs_reference "
                 "fact_accuracy").split():
-        assert key in results, key
+        assert key in results
     for key in ("sft_vs_reference", "ppo_vs_reference", "ppo_vs_sft"):
         assert results[key]["judge"] == "labeler" and results[key]["n"] == 8
         assert results[key]["low"] <= results[key]["win_rate"] <= results[key]["high"]
@@ -127,17 +133,6 @@ def test_a_run_leaves_every_file_also_without_an_engine(finished):
     samples = [json.loads(line) for line in open(folder / "samples.jsonl")]
     assert len(samples) == 8 and {"post", "reference", "sft", "ppo"} <= samples[0].keys()
     assert "Win rates, judged by: labeler" in finished.out and str(folder) in finished.out
-
-
-def test_saved_models_load_and_the_policy_is_not_the_sft_model(finished):
-    models = [AutoModelForCausalLM.from_pretrained(finished.folder / name)
-              for name in ("sft", "policy")]
-    pairs = list(zip(*(model.parameters() for model in models)))
-    assert not all(torch.equal(one, two) for one, two in pairs)
-    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "policy")
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    reward_model = RewardModel.from_pretrained(finished.folder / "reward_model")
-    assert reward_model.reference_mean != 0 and not reward_model.training
 
 
 def test_a_second_run_of_the_seed_is_the_same_and_is_told_with_a_report(
@@ -299,7 +294,6 @@ def begun(root, tmp_path):
 
 def test_stages_that_are_done_are_left_out_and_lines_of_the_others_go(begun):
     lines = [json.dumps({"stage": stage, "step": 0}) for stage in ("sft", "reward", "ppo", "judge")]
-    (begun / "metrics.jsonl").write_text("\n".join(lines) + '\n{"stage": "pp')
     for done, left in (("critic", 0), ("sft", 1), ("reward_model", 2), ("policy", 4)):
         (begun / "metrics.jsonl").write_text("\n".join(lines) + '\n{"stage": "pp')
         (begun / done).mkdir()
@@ -370,13 +364,12 @@ def test_a_folder_with_a_run_needs_resume_or_restart(begun):
 def test_a_nan_ends_in_one_line_and_what_was_done_is_there(stage, tmp_path, finished, root):
     folder = tmp_path / "run"
     done = MODELS[: {"sft": 0, "reward": 1, "ppo": 2}[stage]]
-    run = Run(parse_settings([*TINY, f"--{stage}_lr", "1e6", "--output_dir", str(folder)]))
+    Run(parse_settings([*TINY, f"--{stage}_lr", "1e6", "--output_dir", str(folder)]))
     for name in done:
         shutil.copytree(finished.folder / name, folder / name)
     line = refused([*TINY, f"--{stage}_lr", "1e6", "--resume", "--output_dir", folder])
     assert "finite" in line and "--restart" in line
     assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", *done}
-    assert run.lines == []
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, root, monkeypatch):
@@ -397,21 +390,16 @@ def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, root, monkeypatch):
     ("--temperature 0", "--temperature"), ("--clip_range 0", "--clip_range"),
     ("--ppo_batch_size 0", "--ppo_batch_size"), ("--response_length=-48", "--response_length"),
     ("--missing_eos nan", "--missing_eos"), ("--toy_posts 99999999999", "--toy_posts"),
-    ("--ppo_lr fast", "--ppo_lr"), ("--seed 1.5", "--seed"), ("--lam", "--lam"),
+    ("--preset student", "engine"), ("--ppo_lr fast", "--ppo_lr"), ("--seed 1.5", "--seed"), ("--lam", "--lam"),
     ("--return_sequences 3", "--return_sequences 3: expected a divisor of ppo_batch_size"),
     ("--toy_width 18", "--toy_width 18: expected a multiple of 2 x toy_heads"),
     ("--toy_posts 999999999", "can't give"), ("--query_length 3", "query_length 3 is too small"),
     ("--device tpu", "--device tpu: expected auto, cpu"),
-    ("--device cuda:7", "--device cuda:7: expected auto, cpu")])
+    ("--device cuda:7", "--device cuda:7: expected auto, cpu"),
+    *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda: expected auto, cpu")])])
 def test_what_makes_no_sense_ends_in_one_line(words, said, tmp_path, root):
     line = refused([*TINY, *shlex.split(words), "--output_dir", tmp_path / "run"])
     assert said in line, line
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="it is there")
-def test_a_gpu_that_is_not_there_ends_in_one_line(tmp_path):
-    assert parse_settings(["--device", "auto"]).device == "cpu"
-    assert "--device cuda: expected auto, cpu" in refused(["--device", "cuda"])
 
 
 @pytest.mark.parametrize("words", [
@@ -446,9 +434,9 @@ def test_help_fits_two_screens_and_has_every_setting():
 def test_a_setting_of_a_students_own(finished, tmp_path, root, monkeypatch):
     """With default 0, with and without a comment: in --help, taken, kept, and held to on resume."""
     source = (root / "ppo.py").read_text(encoding="utf-8")
-    source = source.replace("    clip_range: float = 0.2", "    entropy_weight: float = 0.0  # new\n"
-                            "    my_length: int = 0\n    clip_range: float = 0.2", 1)
-    (tmp_path / "edited.py").write_text(source, encoding="utf-8")
+    (tmp_path / "edited.py").write_text(source.replace(
+        "    clip_range: float", "    entropy_weight: float = 0.0  # new\n    my_length: int = 0\n"
+        "    clip_range: float", 1), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("edited", tmp_path / "edited.py")
     edited = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "edited", edited)
@@ -478,10 +466,6 @@ def test_real_models_and_data_are_the_engines(words, monkeypatch):
     sys.modules["engine.main"].main = lambda arguments: seen.append(arguments) or "its results"
     assert rlhf_minimal.main(shlex.split(words)) == "its results"
     assert seen == [shlex.split(words)]
-
-
-def test_without_an_engine_its_flags_end_in_one_line(root):
-    assert "engine" in refused(["--preset", "student"])
 
 
 @pytest.mark.slow
