@@ -238,11 +238,13 @@ def test_a_page_is_laid_out(visit, name):
 @at((390, "light"), (1280, "dark"))
 def test_the_code_of_a_function_is_one_block(visit):
     edges = visit("ppo").evaluate(
-        "[...document.getElementById('train_ppo').nextElementSibling.querySelectorAll("
-        "':scope > :is(pre, .say, .guard)')].map(part => part.getBoundingClientRect())"
-        ".map(box => [box.top, box.bottom])")
+        "[...document.querySelectorAll('#train_ppo + .body > :is(pre, .say, .guard)')].map(part => "
+        "part.getBoundingClientRect()).map(box => [box.top, box.bottom])")
     assert len(edges) > 10
     assert all(abs(below[0] - above[1]) < 1 for above, below in zip(edges, edges[1:]))
+    widths = visit("ppo").evaluate(
+        "[...document.querySelectorAll('#train_ppo + .body > pre')].map(pre => pre.scrollWidth)")
+    assert len(set(widths)) == 1, "and scrolls as one"
 
 
 def lit(page):
