@@ -65,7 +65,8 @@ def lines_of(path):
     """Numbers of lines with code, and of lines with a comment or in a docstring."""
     source, comments, code, doc = path.read_text(encoding="utf-8"), set(), set(), set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+        if (isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+                and ast.get_docstring(node)):
             doc |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and not token.string.startswith("# ---"):

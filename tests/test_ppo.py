@@ -488,9 +488,11 @@ def test_each_row_of_a_rollout_is_a_summary_of_its_post(pad_id, networks, monkey
     expected = slow_rollout(*networks, zip(queries, responses), EOS, config)
     width = batch.mask.shape[1]
     for i, row in enumerate(expected):
-        n, real = len(row.y), batch.attention_mask[i].bool()
-        assert batch.input_ids[i][real].tolist() == row.query + row.y, (
-            f"row {i} is not summary {i % 3} of its post")
+        ids = batch.input_ids[i][batch.attention_mask[i].bool()].tolist()
+        assert ids == row.query + row.y, (
+            f"row {i} is not summary {i % 3} of its post: each is trained on, not the best of n")
+    for i, row in enumerate(expected):
+        n = len(row.y)
         assert batch.mask[i].tolist() == [k < n for k in range(width)], "EOS is an action"
         assert batch.ended[i] == (EOS in row.y), "ended: an EOS in the summary, not in the post"
         for found, number, hint in (

@@ -390,13 +390,14 @@ def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, root, monkeypatch):
     ("--temperature 0", "--temperature"), ("--clip_range 0", "--clip_range"),
     ("--ppo_batch_size 0", "--ppo_batch_size"), ("--response_length=-48", "--response_length"),
     ("--missing_eos nan", "--missing_eos"), ("--toy_posts 99999999999", "--toy_posts"),
-    ("--preset student", "engine"), ("--ppo_lr fast", "--ppo_lr"), ("--seed 1.5", "--seed"), ("--lam", "--lam"),
+    ("--preset student", "engine"), ("--ppo_lr fast", "--ppo_lr"), ("--seed 1.5", "--seed"),
+    ("--lam", "--lam"), *([] if torch.cuda.is_available() else [
+        ("--device cuda", "--device cuda: expected auto, cpu")]),
     ("--return_sequences 3", "--return_sequences 3: expected a divisor of ppo_batch_size"),
     ("--toy_width 18", "--toy_width 18: expected a multiple of 2 x toy_heads"),
     ("--toy_posts 999999999", "can't give"), ("--query_length 3", "query_length 3 is too small"),
     ("--device tpu", "--device tpu: expected auto, cpu"),
-    ("--device cuda:7", "--device cuda:7: expected auto, cpu"),
-    *([] if torch.cuda.is_available() else [("--device cuda", "--device cuda: expected auto, cpu")])])
+    ("--device cuda:7", "--device cuda:7: expected auto, cpu")])
 def test_what_makes_no_sense_ends_in_one_line(words, said, tmp_path, root):
     line = refused([*TINY, *shlex.split(words), "--output_dir", tmp_path / "run"])
     assert said in line, line

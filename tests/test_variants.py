@@ -1,4 +1,4 @@
-"""What came after: RLOO's advantage and DPO's loss with a pencil, and both loops against an oracle."""
+"""What came after: RLOO's advantage and DPO's loss with a pencil, both loops against an oracle."""
 
 import copy
 import math
