@@ -26,14 +26,14 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 import equations  # noqa: E402  (the path comes first)
 import examples  # noqa: E402
 
-PAGES = ["toy", "lm", "sft", "reward", "ppo", "judge", "rlhf_minimal", "tldr"]  # order of reading
+PAGES = ["lm", "sft", "reward", "ppo", "judge", "rlhf_minimal", "toy", "tldr"]  # order of reading
 SECTION = re.compile(r"\b(?:[34]\.[1-4]|[A-H]\.\d|(?<=App\. )[A-H])\b(?![.\d])")  # of the paper
 FORMULAS = {name: (row["paper"], latex) for row in equations.MAP
             for name, latex in row["functions"].items() if latex} | equations.OTHERS
 METHODS = {name.split(".")[2]: name for name in FORMULAS if name.count(".") == 2}
 PENCILS = {row.get("of", next(iter(row["functions"]))): row["pencil"] for row in equations.MAP}
 KEYS = {name: key for key, symbol in equations.SYMBOLS.items() for name in symbol[3].split()}
-LINKS = {}  # "sft.py" or "sft.train_sft" -> its place on the pages; build() fills it
+LINKS = {}  # "sft.py", "sft.train_sft", "train_sft" -> its place on the pages; build() fills it
 
 
 def read(path):
@@ -85,17 +85,11 @@ def place(paper):
     return f'<span class="paper">{sign}{paper or "not in the paper"}</span> '
 
 
-def words(text, module=""):
-    """A docstring or comments -> HTML. A file in backticks becomes a link to its page, a function
-    one to its section."""
-    def link(match):
-        names = match[1], f"{module}.{match[1]}"
-        found = [name for name in LINKS if name in names] or [
-            name for name in LINKS if name.endswith(f".{match[1]}")]
-        return f'<a href="{LINKS[found[0]]}">{match[0]}</a>' if found else match[0]
-
+def words(text):
+    """A docstring or comments -> HTML; a file or a function in backticks becomes a link."""
     html = MarkdownIt("commonmark", {"html": False}).render(text)
-    return re.sub(r"<code>([\w.]+)</code>", link, html)
+    return re.sub(r"<code>([\w.]+)</code>", lambda m: f'<a href="{LINKS[m[1]]}">{m[0]}</a>'
+                  if m[1] in LINKS else m[0], html)
 
 
 # ---------------------------------------------------------------------------- one file
@@ -219,24 +213,18 @@ class Source:
                 if any(self.lines[i - 1].strip() for i in numbers)]
 
 
-def note(html, css="note"):
-    return f'<div class="{css}">{html}</div>' if html else ""
-
-
 def docstring(source, name, node):
     """What stands beside a function: its equation, its docstring, and small what it refuses."""
-    full, text = f"{source.module}.{name}", ast.get_docstring(node) or ""
+    full, text, refuses = f"{source.module}.{name}", ast.get_docstring(node) or "", ""
     html = equation(full) if full in FORMULAS else ""
     html += "".join(place(ref) for ref in dict.fromkeys(SECTION.findall(text)) if ref not in html)
-    refuses = []
     if not node.name.startswith("check_"):
-        sentence = r"(?s)(?:(?<=[.:)]\s)|(?<=^)|(?<=\n))(Raises\s+\w+Error|\w+Error)\b.*?\.(?=\s|$)"
-        refuses = [match[0] for match in re.finditer(sentence, text)]
-    for sentence in refuses:
-        text = text.replace(sentence, "")
-    text = re.sub(r"(?m)^( {4}\S.*?) {4,}(?=\S)", r"\1\n    ", text)  # two formulas in a line
-    return note(html + words(text, source.module)
-                + f'<div class="raises">{words(" ".join(refuses))}</div>' * bool(refuses))
+        sentence = r"(?sm)(?:(?<=[.:)]\s)|^)(?:Raises\s+)?\w+Error\b.*?\.(?=\s|$)"
+        refuses = words(" ".join(re.findall(sentence, text)))
+        text = re.sub(sentence, "", text)
+    html += words(re.sub(r"(?m)^( {4}\S.*?) {4,}(?=\S)", r"\1\n    ", text))  # 2 formulas in a line
+    html += f'<div class="raises">{refuses}</div>' if refuses else ""
+    return f'<div class="note">{html}</div>' if html else ""
 
 
 def section(source, name, node, first, last, example):
@@ -250,7 +238,7 @@ def section(source, name, node, first, last, example):
             html.append(f'</div></section><h2>{escape(heading)}</h2><section><div class="body">')
         elif kind == "say":
             said = "\n".join(source.comments[i] for i in numbers)
-            said = words(re.sub(r"(?m)^(\d+)\. ", r"\1\\. ", said), source.module)  # no list
+            said = words(re.sub(r"(?m)^(\d+)\. ", r"\1\\. ", said))  # no list
             waiting.append(f'<div class="say" style="padding-left:{indent}ch">{said}</div>')
         elif kind == "guard":
             lines = f"{len(numbers)} line" + "s" * (len(numbers) > 1)
@@ -261,14 +249,12 @@ def section(source, name, node, first, last, example):
             steps = dict.fromkeys(other for line, _, other in source.calls if line in numbers
                                   and FORMULAS.get(other, ("",))[0] and other not in shown)
             shown |= set(steps)
-            html += [note(equation(other, link=True), "note step") for other in steps] + waiting
-            html.append(f"<pre>{source.code(numbers)}</pre>")
+            html += [f'<div class="note step">{equation(other, True)}</div>' for other in steps]
+            html += [*waiting, f"<pre>{source.code(numbers)}</pre>"]
             waiting = []
-    head = ""
-    if name:
-        head = f'<h3 id="{name}"><a href="#{name}">{name}</a></h3>'
-        html.insert(0, docstring(source, name, node))
-    html = "".join(['<section>', head, '<div class="body">', *html, *waiting,
+    head = f'<h3 id="{name}"><a href="#{name}">{name}</a></h3>' if name else ""
+    beside = docstring(source, name, node) if name else ""
+    html = "".join(["<section>", head, '<div class="body">', beside, *html, *waiting,
                     pencil(source, name, example), "</div></section>"])
     return html.replace('<section><div class="body"></div></section>', "")
 
@@ -327,8 +313,8 @@ def file_page(source):
     contents = "".join(f'<li><a href="#{name}">{name}</a></li>' for name in source.functions)
     first, last = source.imports
     return page(source.module, f"{source.module}.py", (
-        f"<header><h1>{source.module}.py</h1>{words(title, source.module)}</header>"
-        f'<div class="intro">{words(intro, source.module)}</div>'
+        f"<header><h1>{source.module}.py</h1>{words(title)}</header>"
+        f'<div class="intro">{words(intro)}</div>'
         f'<nav class="contents" aria-label="functions"><ul>{contents}</ul></nav>'
         "<details><summary>imports</summary>"
         f"<pre>{source.code(range(first, last + 1))}</pre></details>"
@@ -361,8 +347,9 @@ def build():
     sources = [Source(module) for module in PAGES]
     for source in sources:
         LINKS[f"{source.module}.py"] = f"{source.module}.html"
-        LINKS.update({f"{source.module}.{name}": f"{source.module}.html#{name}"
-                      for name in source.functions})
+        for name in source.functions:
+            LINKS[f"{source.module}.{name}"] = f"{source.module}.html#{name}"
+            LINKS.setdefault(name, f"{source.module}.html#{name}")
     pages = {f"docs/{source.module}.html": file_page(source) for source in sources}
     return pages | {"docs/index.html": index_page(sources), "docs/map.md": equations.markdown()}
 

@@ -17,7 +17,7 @@ import equations  # noqa: E402  (the path comes first)
 import examples  # noqa: E402
 
 LIBRARIES = re.search(r"docs = \[(.*)\]", (ROOT / "pyproject.toml").read_text())[1]
-PAGES = ["toy", "lm", "sft", "reward", "ppo", "judge", "rlhf_minimal", "tldr"]
+PAGES = ["lm", "sft", "reward", "ppo", "judge", "rlhf_minimal", "toy", "tldr"]
 LATEX = {name: latex for row in equations.MAP for name, latex in row["functions"].items()} | {
     name: latex for name, (_, latex) in equations.OTHERS.items()}
 
