@@ -120,8 +120,8 @@ def test_a_biased_labeler_pays_for_each_word():
         row = toy.compare(POST, shorter, longer, ("p", "q"), rng, length_bias=1.0)
         sign = 1 if row["chosen"] == shorter else -1
         longer_wins += sign < 0
-        assert row["gap"] == pytest.approx(sign * 1.15), "the taste itself is what it was"
-        assert row["log_odds"] == pytest.approx(sign * (1.15 - 3) / toy.NOISE)
+        assert abs(row["gap"] - sign * 1.15) < 1e-9, "the taste itself is what it was"
+        assert abs(row["log_odds"] - sign * (1.15 - 3) / toy.NOISE) < 1e-9
     assert longer_wins / 4000 == pytest.approx(0.670758, abs=0.03)  # sigmoid(1.85 / 2.6)
     (row,) = toy.make_comparisons([POST], [longer], [longer + "!"], 0, length_bias=0.4)
     assert abs(row["log_odds"]) == pytest.approx(0.75 / toy.NOISE), "no word more, taste alone"
