@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig, LlamaC
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from engine.memory import memory_plan, peak_of
-from rlhf_minimal import parse_settings
+from engine.settings import parse
 
 POST, SUMMARY = 343, 33  # tokens, on average
 POSTS, COMPARISONS = 116_722, 64_832  # to train on, where max_posts does not bound them
@@ -68,7 +68,7 @@ def stages(settings, n, n_judge, flops, bandwidth, dtype):
 def main():
     print("| preset | memory, GiB | " + " | ".join(CARDS) + " |\n|---|---|" + "---|" * len(CARDS))
     for preset, config in MODELS.items():
-        settings = parse_settings(["--preset", preset])
+        settings = parse(["--preset", preset])
         with torch.device("meta"):
             n = AutoModelForCausalLM.from_config(config).num_parameters()
         cells, memory, plans = [], {}, {}

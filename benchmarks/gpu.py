@@ -4,14 +4,14 @@
     python benchmarks/gpu.py --part neox-1b        # some of the parts below
     python benchmarks/gpu.py --shape tiny          # a minute on a CPU, where it is the default
 
-tiny              the tiny preset with --fast_dev_run, as a user starts it
+tiny              the engine's tiny preset with --fast_dev_run, as a user starts it
 gptj-6b           PPO at the full preset's sizes: adapters on GPT-J-6B
 neox-1b           PPO on Pythia-1B, all weights trained
 neox-1b-adapters  the same with adapters, the day preset
 gradients         four layers of each at full width: does padding change a gradient?
 
-PPO is ppo.train_ppo on 64 posts, with a judge of 3B in memory: one update to warm up and one that
-is timed. Weights are random, made on the device; the lm head is scaled until the largest logit is a
+PPO is the engine's train_ppo on 64 posts, with a judge of 3B in memory: one update to warm up and
+one that is timed. Weights are random, made on the device; the lm head is scaled until the largest logit is a
 real model's. Lengths are those of real rows (lengths.json), so there is padding and rows end early.
 FLOP are those executed, by torch's counter in the first update: what is computed a second time
 counts, and so does what a mask hides. Memory and time are the second update's.
@@ -40,16 +40,16 @@ from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig, Qwen2Config
 
+import engine.main
 import lm
-import ppo
-import rlhf_minimal
+from engine import packing, ppo, sampling
 from engine.adapters import add_adapter
 from engine.devices import available_memory, mixed_precision, peak_memory_bytes, pick_device
 from engine.devices import pick_dtype, prepare
 from engine.memory import check_memory, memory_plan, peak_of
 from engine.models import shrink
-from engine.settings import SettingError
-from reward import RewardModel
+from engine.reward import RewardModel
+from engine.settings import SettingError, parse
 
 GPTJ = GPTJConfig()  # its defaults are those of GPT-J-6B: 28 layers of width 4096, vocabulary 50400
 NEOX = GPTNeoXConfig(vocab_size=50304, hidden_size=2048, num_hidden_layers=16,  # Pythia-1B
@@ -79,7 +79,7 @@ def lengths(n, tiny):
 def run_tiny_preset(part, tiny, device, dtype):
     """A few steps of each stage, as a user starts them -> seconds by stage, and results."""
     with TemporaryDirectory() as folder:
-        rlhf_minimal.main(["--fast_dev_run", "--ppo_episodes", "96", "--device", device, "--dtype",
+        engine.main.main(["--fast_dev_run", "--ppo_episodes", "96", "--device", device, "--dtype",
                            str(dtype).removeprefix("torch."), "--output_dir", f"{folder}/run"])
         found = json.loads(Path(folder, "run", "results.json").read_text(encoding="utf-8"))
     return {key: found[key] for key in ("seconds", "reward_accuracy", "kl_per_summary")}
@@ -116,7 +116,7 @@ class MeasuredRun:
         self.cuda, self.pad_id, self.counter = cuda, pad_id, FlopCounterMode(display=False)
         self.seconds, self.flops, self.peaks, self.reserved = Counter(), Counter(), Counter(), 0
         self.last, self.counted, self.lines, self.gaps, self.gaps_elsewhere = 0, 0, [], [], []
-        lm.sample = self.timed(lm.sample, "sample")
+        sampling.sample = self.timed(sampling.sample, "sample")
         ppo.rollout = self.timed(ppo.rollout, "measure")  # all of a rollout but sampling
         ppo.one_step = partial(self.timed_step, ppo.one_step)
         ppo.check_first_update = self.put_down_gaps  # however large they are
@@ -154,14 +154,14 @@ class MeasuredRun:
         n, mask, T = max(1, len(part.mask) // 2), part.mask, part.mask.shape[1]
         ids = pad(part.input_ids[:n], (37, 0), value=self.pad_id)
         with torch.no_grad():
-            elsewhere = lm.response_log_probs(self.policy, ids, pad(
+            elsewhere = packing.response_log_probs(self.policy, ids, pad(
                 part.attention_mask[:n], (37, 0)), T, self.temperature)
         for other in (part.log_probs, part.ref_log_probs):
-            self.gaps.append(lm.zero_off(mask, log_probs - other).abs().max())
-        self.gaps_elsewhere.append(lm.zero_off(mask[:n], log_probs[:n] - elsewhere).abs().max())
+            self.gaps.append(lm.zero_off(log_probs - other, mask).abs().max())
+        self.gaps_elsewhere.append(lm.zero_off(log_probs[:n] - elsewhere, mask[:n]).abs().max())
         self.lap("gaps")
 
-    def steps(self, stage, total, snapshot, **parts):
+    def steps(self, stage, total, **parts):
         self.policy, self.last = parts["policy"], time.perf_counter()
         with self.counter:  # slow, so this update is not timed; the next one has the same rows
             yield 0
@@ -181,11 +181,11 @@ class MeasuredRun:
 
 
 def measure_ppo(name, tiny, device, dtype):
-    """ppo.train_ppo with all networks and a judge in memory -> what is reported of it."""
+    """train_ppo with all networks and a judge in memory -> what is reported of it."""
     (config, changes), judge_config = PPO[name], JUDGE
     if tiny:
         config, judge_config = make_tiny(config), make_tiny(JUDGE)
-    settings = rlhf_minimal.parse_settings([*changes, *(TINY if tiny else ROWS)])
+    settings = parse([*changes, *(TINY if tiny else ROWS)])
     plan = memory_plan(settings, config, judge_config, device, dtype)
     check_memory(plan, *available_memory(device))
     n, settings.ppo_episodes = settings.ppo_batch_size, 2 * settings.ppo_batch_size
@@ -232,7 +232,7 @@ def measure_ppo(name, tiny, device, dtype):
 
 
 def pack_boolean(input_ids, attention_mask, position_ids, width, k, dtype):
-    """engine.batches.pack for k = 1 with a mask (B, 1, L, L), in which padding sees itself. With
+    """engine.packing.pack for k = 1 with a mask (B, 1, L, L), in which padding sees itself. With
     one of (B, L) it sees nothing, and its softmax is over nothing."""
     real = attention_mask.bool()
     sees = torch.ones_like(real[0]).expand(real.shape[1], -1).tril() & real[:, None]
@@ -247,8 +247,8 @@ def gradients(model, batches, device, dtype):
         for queries, responses in batches:
             ids, mask, Q = lm.join(queries, responses, model.config.vocab_size - 1, device)
             T = ids.shape[1] - Q
-            log_probs = lm.response_log_probs(model, ids, mask, T)
-            lm.zero_off(mask[:, Q:] != 0, log_probs).sum().backward()
+            log_probs = packing.response_log_probs(model, ids, mask, T)
+            lm.zero_off(log_probs, mask[:, Q:] != 0).sum().backward()
     return [p.grad for p in model.parameters()]
 
 
@@ -274,7 +274,7 @@ def measure_gradients(name, tiny, device, dtype):
         for precision in dict.fromkeys((torch.float32, dtype)):
             plain = gradients(model, alone, device, precision)
             padded = gradients(model, together, device, precision)
-            with patch.object(lm, "pack", pack_boolean):
+            with patch.object(packing, "pack", pack_boolean):
                 boolean = gradients(model, together, device, precision)
             results[f"{architecture}, {str(precision).removeprefix('torch.')}"] = {
                 "left_padded": difference(padded, plain),
@@ -315,7 +315,7 @@ def main():
     parser.add_argument("--json", help="file to write the numbers to, after each part")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--shape", choices=["full", "tiny"], help="default: full on a GPU")
-    parser.add_argument("--dtype", default="auto", help="as in rlhf_minimal.py")
+    parser.add_argument("--dtype", default="auto", help="as in the engine")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the process of one
     options = parser.parse_args()
     device = pick_device()

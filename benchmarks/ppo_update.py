@@ -1,4 +1,5 @@
-"""One PPO iteration (rollout, scoring, four epochs): ours, ours without each saving, and TRL's.
+"""One PPO iteration (rollout, scoring, four epochs): the engine's, the same without each of its
+savings, the plain house's, and TRL's.
 
     python benchmarks/ppo_update.py --shape equal|real [--summaries 4|1] [--vocab 50257]
         [--peer-python PATH] [--json FILE]
@@ -7,8 +8,10 @@ equal: 64 prompts of 64 tokens, 32 new ones, one summary a post, nothing ends ea
 real:  prompts of up to 512 tokens and summaries of up to 48, as long as those of real rows
        (lengths.json), 64 summaries, 4 or 1 a post.
 The model is a small GPT-2 with random weights; 512 tokens make the logits 8 % of a forward pass, as
-in the paper's 1.3B model. One thread, float32. PATH: a Python with trl==1.12.0, the last TRL
-with PPO. Every side is a process of its own; they take turns; medians (and minima) are reported.
+in the paper's 1.3B model. One thread, float32. ours is engine.ppo.train_ppo; plain is
+ppo.train_ppo, which pads all 64 rows to one width and computes a post once for each summary. PATH:
+a Python with trl==1.12.0, the last TRL with PPO. Every side is a process of its own; they take
+turns; medians (and minima) are reported.
 """
 
 import argparse
@@ -43,14 +46,13 @@ def tokens_needed(work, epochs):
 
 
 def switch_off(saving, work, ends):
-    """Do without a saving that is no setting (sharing is one): patch what ppo.train_ppo calls."""
+    """Do without a saving that is no setting (sharing is one): patch what the engine calls."""
     import torch.nn.functional as F
     from transformers import GPT2LMHeadModel
 
-    import lm
-    import ppo
+    from engine import ppo, sampling
 
-    join, sample, forward = lm.join, lm.sample, GPT2LMHeadModel.forward
+    join, sample, forward = ppo.join, sampling.sample, GPT2LMHeadModel.forward
     longest = max(work["prompts"]), max(tokens_of(work))
 
     def join_wide(queries, responses, pad_id, device):
@@ -75,7 +77,7 @@ def switch_off(saving, work, ends):
     if saving == "trimming":
         ppo.join = join_wide
     if saving == "dropping":
-        lm.sample = sample_all
+        sampling.sample = sample_all
     if saving == "slicing":
         GPT2LMHeadModel.forward = forward_all
 
@@ -89,28 +91,45 @@ def make_config(work, n_posts, k):
     config.ppo_batch_size = config.ppo_episodes = k * n_posts
     config.return_sequences, config.response_length = k, work["limit"]
     config.micro_batch_size, config.rollout_batch_size = work["micro"], work["rollout"]
+    config.checkpoint_activations = False
     config.temperature, config.ppo_lr = 0.7, 1e-5
     return config
 
 
 def ours(work):
-    """-> a function that runs ppo.train_ppo for one update, without work["without"]."""
-    import lm
-    import ppo
-    from reward import RewardModel
+    """-> a function that runs the engine's train_ppo for one update, without work["without"]."""
+    from engine import ppo, sampling
+    from engine.reward import RewardModel
 
-    clock, computed = Counter(), [0]
     prompts, k = make_prompts(work), work["summaries"]
     if work["without"] == "sharing":
         prompts, k = [prompt for prompt in prompts for _ in range(k)], 1
     switch_off(work["without"], work, Endings(work))
-    lm.sample = timed(clock, "rollout", lm.sample)
-    ppo.rollout = timed(clock, "rollout and scoring", ppo.rollout)
-    config = make_config(work, len(prompts), k)
-    tokenizer = SimpleNamespace(eos_token_id=work["vocab"] - 2, pad_token_id=work["vocab"] - 1)
     row = {"kl_per_summary": 0, "length": 1, "entropy": 1, "step": 0}  # nothing to warn of
     run = SimpleNamespace(seed=0, steps=lambda *_, **__: [0], log=lambda *_, **__: None,
                           history=lambda _: [row])
+    return one_update(work, prompts, k, ppo, sampling, RewardModel,
+                      lambda *inputs: ppo.train_ppo(run, *inputs))
+
+
+def plain(work):
+    """-> a function that runs the plain house's train_ppo for one update."""
+    import ppo
+    from reward import RewardModel
+
+    Endings(work)
+    return one_update(work, make_prompts(work), work["summaries"], ppo, ppo, RewardModel,
+                      lambda *inputs: ppo.train_ppo(*inputs, 0, lambda *_, **__: None))
+
+
+def one_update(work, prompts, k, ppo, sampling, RewardModel, train):
+    """-> a function that trains for one update. ppo, sampling: modules whose rollout and sample are
+    timed; train: called with policy, reward model, queries, tokenizer and settings."""
+    clock, computed = Counter(), [0]
+    sampling.sample = timed(clock, "rollout", sampling.sample)
+    ppo.rollout = timed(clock, "rollout and scoring", ppo.rollout)
+    config = make_config(work, len(prompts), k)
+    tokenizer = SimpleNamespace(eos_token_id=work["vocab"] - 2, pad_token_id=work["vocab"] - 1)
 
     def count(module, args, kwargs):
         computed[0] += (args[0] if args else kwargs["input_ids"]).numel()
@@ -123,7 +142,7 @@ def ours(work):
         computed[0] = 0
         clock.clear()
         start, cpu = time.perf_counter(), time.process_time()
-        ppo.train_ppo(run, model, reward_model, prompts, tokenizer, config)
+        train(model, reward_model, prompts, tokenizer, config)
         total = time.perf_counter() - start
         return {"seconds": total, "cpu_seconds": time.process_time() - cpu,
                 "rollout_seconds": clock["rollout"],
@@ -153,18 +172,20 @@ def summarize(measured):
     ours = measured["ours"]
     results = {key: ours[0][key] for key in ("tokens_computed", "tokens_needed")}
     results["computed_over_needed"] = results["tokens_computed"] / results["tokens_needed"]
-    for name in ("ours", "peer"):
+    for name in ("ours", "plain", "peer"):
         if name in measured:
             for part in ("seconds", "cpu_seconds", "rollout_seconds", "scoring_seconds",
                          "update_seconds"):
                 results[f"{name}_{part}"] = median(measured[name], part)
             results[f"{name}_minimum_seconds"] = min(row["seconds"] for row in measured[name])
             results[f"{name}_peak_bytes"] = measured[name][-1]["peak_bytes"]
-    if "peer" in measured:
-        results["peer_over_ours"] = results["peer_seconds"] / results["ours_seconds"]
-        # the kernel's count of one thread's work: steadier where the machine has other users
-        results["peer_over_ours_cpu"] = results["peer_cpu_seconds"] / results["ours_cpu_seconds"]
-        results["peer_over_ours_bytes"] = results["peer_peak_bytes"] / results["ours_peak_bytes"]
+    for name in ("plain", "peer"):
+        # cpu_seconds: the kernel's count of one thread's work, steadier where others work too
+        for key in ("seconds", "cpu_seconds", "peak_bytes") if name in measured else ():
+            results[f"{name}_over_ours_{key}"] = results[f"{name}_{key}"] / results[f"ours_{key}"]
+    if "plain" in measured:
+        results["plain_over_ours_tokens"] = (
+            measured["plain"][0]["tokens_computed"] / results["tokens_computed"])
     results["savings"] = {}
     for name, what in SAVINGS.items():
         rows = measured.get(f"without {name}")
@@ -195,7 +216,7 @@ def main():
     summaries = a.summaries or {"equal": 1, "real": 4}[a.shape]
     work = make_work(a.shape, summaries, a.vocab, a.episodes, a.width, a.layers, a.micro, a.rollout)
     us = [sys.executable, HERE / "ppo_update.py", "--worker"]
-    commands = {"ours": us + ["all"]}
+    commands = {"ours": us + ["all"], "plain": us + ["plain"]}
     if a.peer_python:
         commands["peer"] = [a.peer_python, HERE / "peer_trl.py"]
     commands |= {f"without {name}": us + [name] for name in a.savings
@@ -209,9 +230,10 @@ def main():
 
 if __name__ == "__main__":
     if "--worker" in sys.argv:
-        import ppo  # before memory is first measured, as in peer_trl.py
+        import engine.ppo  # before memory is first measured, as in peer_trl.py
 
-        saving = sys.argv[-2]
-        serve(lambda work: ours({**work, "without": saving if saving in SAVINGS else None}))
+        side = sys.argv[-2]
+        serve(lambda work: plain(work) if side == "plain" else ours(
+            {**work, "without": side if side in SAVINGS else None}))
     else:
         main()

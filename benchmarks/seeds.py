@@ -31,8 +31,7 @@ MEASURES = (  # name in the table, path into results.json
     ("words of SFT / PPO summaries", "mean_length_sft"),
     ("", "mean_length_ppo"),
     ("seconds, whole run", "seconds.total"),
-    *((f"seconds, {stage}", f"seconds.{stage}")
-      for stage in ("sft", "comparisons, train", "reward", "ppo", "judge")),
+    *((f"seconds, {stage}", f"seconds.{stage}") for stage in ("sft", "reward", "ppo")),
 )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "gpu.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # its matrices are too small to share
 PPO = ["gptj-6b", "neox-1b", "neox-1b-adapters"]
 
