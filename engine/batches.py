@@ -55,8 +55,8 @@ def posts_per_update(config):
                            f"can't be shared evenly among {n_processes()} processes")
     rows = n_posts * config.return_sequences // n_processes()
     if rows < config.ppo_minibatches:
-        raise SettingError(f"--ppo_minibatches {config.ppo_minibatches}: expected at most the {rows} "
-                           "summaries that a process has in an update")
+        raise SettingError(f"--ppo_minibatches {config.ppo_minibatches}: expected at most the "
+                           f"{rows} summaries that a process has in an update")
     return n_posts
 
 
@@ -73,9 +73,11 @@ def own_stream(seed, stage, step, device):
 
 
 def cut_by_length(lengths, most):
-    """Posts of an update, as numbers, in pieces of at most `most`, as equal as they can be. lengths:
-    of each post with its summaries. Where there are several pieces, posts of similar length go
-    together, so that little of a piece is padding."""
+    """Posts of an update, as numbers, in pieces of at most `most`, as equal as they can be.
+
+    lengths: of each post with its summaries. Where there are several pieces, posts of similar
+    length go together, so that little of a piece is padding.
+    """
     pieces = math.ceil(len(lengths) / most)
     order = list(range(len(lengths)))
     if pieces > 1:

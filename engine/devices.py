@@ -53,13 +53,16 @@ def mixed_precision(device, dtype):
     weights in dtype: it would outlive the step that changes them."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(device.split(":")[0], dtype, cache_enabled=False)
+    return torch.autocast(as_cpu(device.split(":")[0]), dtype, cache_enabled=False)
 
 
 def full_precision(device):
     """Within this context nothing is rounded to half precision by the context above."""
-    kind = "cpu" if device.type == "meta" else device.type  # of the memory plan's tensors
-    return torch.autocast(kind, enabled=False)
+    return torch.autocast(as_cpu(device.type), enabled=False)
+
+
+def as_cpu(kind):
+    return "cpu" if kind == "meta" else kind  # of the memory plan's tensors
 
 
 def wide(x):

@@ -212,9 +212,9 @@ class Run:
         try:
             yield
         except FloatingPointError as error:
-            raise SettingError(f"{self.stage} step {self.step}: {error}; what was saved before stays "
-                               f"in {self.folder / 'checkpoints'}. Lower {self.stage}_lr and begin "
-                               "anew") from None
+            raise SettingError(f"{self.stage} step {self.step}: {error}; what was saved before "
+                               f"stays in {self.folder / 'checkpoints'}. Lower {self.stage}_lr and "
+                               "begin anew") from None
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)

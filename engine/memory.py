@@ -98,13 +98,18 @@ def zeros(*shape):
     return torch.zeros(shape, dtype=torch.long, device="meta")
 
 
-def sample(model, rows, width, k):
-    """What engine.sampling.sample holds at its end: the cache of all tokens, here read at once."""
-    cache, ids = DynamicCache(config=model.config), zeros(rows // k, width)
-    logits = model(input_ids=ids, attention_mask=ids, position_ids=ids, use_cache=True,
-                   logits_to_keep=1, cache=cache).logits[:, -1]
-    cache.reorder_cache(torch.arange(rows, device="meta") // k)
-    return torch.softmax(logits.float().repeat_interleave(k, 0), -1)
+def sample(alive, model, rows, Q, T, k):
+    """As engine.sampling.sample, but all tokens between the post and the last one are read at once:
+    what that takes more than one by one is not counted."""
+    cache, read = DynamicCache(config=model.config), 0
+    for n, width, counts in ((rows // k, Q, True), (rows, max(1, T - 2), False), (rows, 1, True)):
+        ids, before, read = zeros(n, width), alive.most, read + width
+        logits = model(input_ids=ids, attention_mask=zeros(n, read), position_ids=ids,
+                       use_cache=True, logits_to_keep=1, cache=cache).logits[:, -1]
+        torch.softmax(logits.float() / 0.7, -1)
+        alive.most = alive.most if counts else before
+        if n < rows:
+            cache.reorder_cache(torch.arange(rows, device="meta") // k)
 
 
 def learn(function, network, rows, width, T, k):
@@ -132,7 +137,7 @@ def turns_of(alive, model, settings):
         checkpoint_activations(trunk, lambda: (nullcontext(), AsOnGPU()))
     scored = RewardModel(trunk, own_copy=False)
     with torch.no_grad():
-        turns = {"sampling": alive.during(sample, model, sampled, Q + T, k),
+        turns = {"sampling": alive.during(sample, alive, model, sampled, Q, T, k),
                  "scoring": alive.during(scored, *[zeros(settings.rollout_batch_size or 256,
                                                          Q + S)] * 2)}
     turns["updating"] = alive.during(learn, response_log_probs, model, rows, Q + T, T, beside)

@@ -166,8 +166,8 @@ def load_language_model(name, device="cpu", dtype=torch.float32, tokenizer=None,
     model = prepare(model).to(device).eval()
     check_model(name, model, length)
     if shares_post(model, 2, min(length, most_positions(config))) == 1:
-        print(f"{name}: {config.model_type} can't read two summaries of a post beside each other in "
-              "one row, so that each gets a row of its own: slower, the same numbers")
+        print(f"{name}: {config.model_type} can't read two summaries of a post beside each other "
+              "in one row, so that each gets a row of its own: slower, the same numbers")
     return tokenizer, model
 
 

@@ -1,9 +1,9 @@
 """Several processes that take the step of one.
 
-`torchrun --nproc_per_node N rlhf_minimal.py ...`: each process has all models and its share of each
+`torchrun --nproc_per_node N -m engine ...`: each process has all models and its share of each
 batch; gradients are summed by torch.distributed, and what is summed is never an average of
 averages, so N processes take the step that one process would take on the same batch. (Where PPO has
-several minibatches and each is cut, N processes put other posts into a minibatch than one would.)
+several minibatches each process divides its own rows: others meet in one than in one process.)
 
 What is no training step (comparisons of the tiny world, judging, measuring) each process does for
 itself, from the same seed and the same weights (sums are equal to the last bit on all of them, so

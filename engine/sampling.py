@@ -1,4 +1,4 @@
-"""Summaries token by token, several of a post with the post computed once, a few posts at a time."""
+"""Summaries token by token: several of a post, which is computed once; a few posts at a time."""
 
 import torch
 from transformers import DynamicCache

@@ -1,4 +1,4 @@
-"""What several of the engine's tests need: tiny models of real architectures, and runs to log to."""
+"""What several of the engine's tests need: tiny models of real architectures, runs to log to."""
 
 import functools
 from pathlib import Path

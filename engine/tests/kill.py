@@ -1,5 +1,6 @@
 """Kill a small run again and again, let it resume, and print how it ended. Not a test by itself:
-test_engine_run.py calls `python engine/tests/kill.py FOLDER MODE KILLS` and compares what is left in FOLDER.
+test_engine_run.py calls `python engine/tests/kill.py FOLDER MODE KILLS` and compares what is left
+in FOLDER.
 
 Each run is a fork of this process, which has done nothing but import (seconds saved each time), so
 that a kill is a real SIGKILL of a real process. MODE "time": at a random moment. MODE "write": at a

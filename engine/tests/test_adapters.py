@@ -328,7 +328,8 @@ def test_ppo_with_adapters(architecture, checkpoint, tmp_path, monkeypatch):
         assert (logits[0] - logits[2]).abs().max() > 1e-3
         (tmp_path / "critic").mkdir()
         critic.save_pretrained(tmp_path / "critic")
-        assert len(adapters.trainable(critic)) == len(adapters.trainable(policy)) + 2, "what is merged is a copy"
+        assert len(adapters.trainable(critic)) == len(adapters.trainable(policy)) + 2, (
+            "what is merged is a copy")
         saved = load_file(tmp_path / "critic" / "model.safetensors")
         assert not any("lora" in key for key in saved)
         values = RewardModel.from_pretrained(tmp_path / "critic")(ids, mask)[real]
@@ -365,7 +366,8 @@ def test_checkpointed_activations_change_no_value_and_no_gradient(architecture, 
         assert n_sampling == before.shape[1] and n_forward == n_sampling + 1
         assert not any(runs[:n_sampling]), "sampling would lose its cache"
         assert len(runs) - n_forward == checkpoint, "computed again in the backward pass, or not"
-        found.append((before, loss, torch.cat([p.grad.flatten() for p in adapters.trainable(network)])))
+        gradient = torch.cat([p.grad.flatten() for p in adapters.trainable(network)])
+        found.append((before, loss, gradient))
     (samples, loss, gradient), (samples2, loss2, gradient2) = found
     assert torch.equal(samples, samples2)
     assert loss.item() == pytest.approx(loss2.item(), rel=1e-10)

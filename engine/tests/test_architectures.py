@@ -20,8 +20,8 @@ from engine.architectures import cached, check_model, holds, left_to_right, padd
 from engine.devices import mixed_precision, no_dropout
 from engine.models import check_ids, load_for_training, load_language_model, shrink
 from engine.settings import SettingError
-from engine.texts import (control_ids, decode_response, encode_responses, end_ids, front_ids, ids_after,
-                          text_ids)
+from engine.texts import (control_ids, decode_response, encode_responses, end_ids, front_ids,
+                          ids_after, text_ids)
 from engine.main import parse_settings
 from engine.packing import packed, response_log_probs, shares_post
 from engine.reward import RewardModel, final_scores
@@ -184,7 +184,8 @@ def test_fast_dev_run_keeps_the_kinds_of_layers(name):
 
 # ---------------------------------------------------------------------------- what is in a folder
 
-TEXTS = ["SUBREDDIT: r/pets\n\nTITLE: cat\n\nPOST: the cat sat on A B C seat\n\nTL;DR: my cat A B"] * 9
+TEXTS = ["SUBREDDIT: r/pets\n\nTITLE: cat\n\nPOST: the cat sat on A B C seat\n\n"
+         "TL;DR: my cat A B"] * 9
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<end_of_turn>"]
 
 
@@ -382,7 +383,7 @@ def test_a_token_that_reaches_over_the_seam():
     assert ids_after(None, "abc", ["def", ""], pairs) == [["de", "f"], []]
 
 
-@pytest.mark.parametrize("text", ["<think>", "a <think>b</think>", "x <think>> y", "</s> <think></s>"])
+@pytest.mark.parametrize("text", ["a <think>b</think>", "x <think>> y", "</s> <think></s>"])
 def test_whatever_is_typed_is_text(text):
     for tokenizer in (byte_level(), sentence_piece()):
         tokenizer.add_tokens(["<think>", "</think>", "   "])

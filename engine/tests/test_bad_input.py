@@ -15,6 +15,7 @@ import datasets
 import huggingface_hub
 import pytest
 from common import PROGRAM, ROOT
+from rows_common import no_cache_of_the_user  # noqa: F401 (a fixture)
 from transformers import AutoTokenizer
 
 import toy
@@ -107,11 +108,6 @@ BAD_POSTS = {
     "null post": ("rows.jsonl", json_lines([*POSTS, post(post=None)]),
                   "row 7, post: expected text, got None"),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_cache_of_the_user(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -259,7 +255,7 @@ def test_a_mark_in_front_of_a_post_is_no_text(summarize):
     plain = summarize(text)
     assert [line.split()[0] for line in plain.splitlines()] == ["sft", "policy"]
     assert plain != summarize("\ufeff\ufeff" + text)  # it does matter
-    for content in (text.encode("utf-8-sig"), text.encode("utf-16"), f" {text}\r\n"):
+    for content in (text.encode("utf-8-sig"), f" {text}\r\n"):
         assert summarize(content) == plain
 
 
@@ -267,6 +263,7 @@ def test_a_mark_in_front_of_a_post_is_no_text(summarize):
     ("", "expected a post, found no text"), (" \r\n", "expected a post, found no text"),
     (b"\xef\xbb\xbf", "expected a post, found no text"), (None, "expected a UTF-8 text file"),
     (b"a\ncaf\xe9", "expected a UTF-8 text file (line 2 has the byte 0xe9"),
+    ("a".encode("utf-16"), "expected a UTF-8 text file (line 1 has the byte 0xff"),
 ])
 def test_a_file_without_a_post(summarize, content, said):
     assert f"post.txt: {said}" in summarize(content)

@@ -4,8 +4,8 @@ import random
 
 import pytest
 from common import byte_level
-from rows_common import (changed, comparison, message, no_cache_of_the_user, post,  # noqa: F401
-                         write)
+from rows_common import changed, comparison, message, post
+from rows_common import no_cache_of_the_user, write  # noqa: F401 (fixtures)
 
 from engine import data
 from engine import rows as engine_rows

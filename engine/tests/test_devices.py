@@ -90,7 +90,8 @@ def test_large_logits_take_float32(scale, dtype, monkeypatch, capsys):
     assert found == dtype and loaded == [torch.bfloat16, torch.float32][: 1 + (scale > 1)]
     assert ("too large for half precision: float32" in capsys.readouterr().out) == (scale > 1)
     settings.dtype = "bfloat16"  # who asks for it gets it
-    assert models.load_for_training("me/model", "cuda", torch.bfloat16, settings)[2] == torch.bfloat16
+    *_, found = models.load_for_training("me/model", "cuda", torch.bfloat16, settings)
+    assert found == torch.bfloat16
 
 
 def test_largest_logit_by_hand():

@@ -1,4 +1,4 @@
-"""The engine's training loops: what they change, what they must not, and what a run leaves behind."""
+"""The engine's loops: what they change, what they must not, and what a run leaves behind."""
 
 import copy
 import json
@@ -257,7 +257,8 @@ def test_explained_variance_by_hand():
 
 
 USED_BY_OTHERS = [
-    (sft, sft, "masked_mean", lambda x: -x), (sft, packing, "get_position_ids", lambda x: x.flip(1)),
+    (sft, sft, "masked_mean", lambda x: -x),
+    (sft, packing, "get_position_ids", lambda x: x.flip(1)),
     (sft, packing, "get_log_probs", lambda x: x * torch.linspace(1, 2, x.shape[1])),
     (sft, sft, "cosine_schedule", lambda factor: 0.5),
     (reward, reward, "preference_loss", lambda loss: -loss),

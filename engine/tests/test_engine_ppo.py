@@ -285,8 +285,8 @@ def part_of(*actions, first=0, k=1):
     zeros, row = torch.zeros(mask.shape), torch.zeros(len(mask))
     return ppo.Microbatch(
         post=first + torch.arange(len(mask)), input_ids=mask.long(), attention_mask=mask.long(),
-        mask=mask, ended=row, log_probs=zeros, ref_log_probs=zeros, values=zeros, scores=row, kl=row,
-        rewards=zeros, advantages=zeros, returns=zeros, k=k)
+        mask=mask, ended=row, log_probs=zeros, ref_log_probs=zeros, values=zeros, scores=row,
+        kl=row, rewards=zeros, advantages=zeros, returns=zeros, k=k)
 
 
 def minibatches(batch, *stream, **changes):

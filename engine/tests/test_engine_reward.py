@@ -62,7 +62,8 @@ def test_the_model_refuses_unequal_shapes():
 
 @pytest.mark.parametrize("width, copies, std", [(3, 300, .5), (128, 10, .088045)])
 def test_head_init(width, copies, std):
-    language_model = build(GPT2Config(vocab_size=4, n_embd=width, n_layer=0, n_head=1, n_positions=4))
+    language_model = build(GPT2Config(vocab_size=4, n_embd=width, n_layer=0, n_head=1,
+                                      n_positions=4))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         models = [RewardModel(language_model) for _ in range(copies)]
@@ -156,7 +157,7 @@ def test_scores_are_those_of_the_plain_reward_model(architecture):
             alone = torch.tensor([query + response])
             hidden = tiny_language_model(architecture).base_model(alone).last_hidden_state[0]
             expected = hidden @ model.head.weight[0] + .25 - 1.25
-            close(model(ids, mask)[row][real[row]], expected, "attention mask or position ids", 1e-5)
+            close(model(ids, mask)[row][real[row]], expected, "attention mask, position ids", 1e-5)
     ids, mask = torch.tensor([[5, 6, 0, 0, 18, 19, 2]]), torch.tensor([[1, 1, 0, 0, 1, 1, 1]])
     expected = model.score(ids[mask.bool()][None], torch.ones(1, 5).long())
     close(model.score(ids, mask), expected, "attention mask not passed on to the trunk?", 1e-5)

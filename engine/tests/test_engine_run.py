@@ -147,7 +147,7 @@ def test_what_a_kill_left_half_written_goes_with_the_next_write(tmp_path):
 
 @pytest.mark.parametrize("seconds, saved", [(0.5, 5), (2, 1)])
 def test_what_takes_long_to_save_is_saved_rarely(seconds, saved, tmp_path, monkeypatch):
-    """Five steps of a second each. Saving takes half a second: after each. Two: 40 s have to pass."""
+    """Five steps of a second each. Saving takes half a second: after each. Two: 40 s must pass."""
     clock, saves, save = SimpleNamespace(now=0.0), [], Run.save
 
     def slow_save(self, *rest):
@@ -282,7 +282,9 @@ def test_resume_with_other_settings_or_files_is_refused_in_one_line(change, mess
     assert message in str(error.value) and "\n" not in str(error.value)
     assert before == [(path, path.stat().st_mtime_ns)
                       for path in sorted((tmp_path / "run").rglob("*"))]
-    new_run(tmp_path / "run", {**CONFIG, "output_dir": "elsewhere", "save_seconds": 5}, resume=True)
+    may_differ = {"output_dir": "elsewhere", "save_seconds": 5, "micro_batch_size": 3,
+                  "checkpoint_activations": True}
+    new_run(tmp_path / "run", {**CONFIG, **may_differ}, resume=True)
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == CONFIG
 
 
@@ -883,6 +885,20 @@ def test_a_disk_error_is_one_line_with_the_command_that_goes_on(tmp_path, monkey
         line = str(stop.value.code)
         assert "No space left" in line and "\n" not in line
         assert shlex.split(line)[-3:] == ["--output_dir", str(tmp_path / "a b"), "--resume"]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), MemoryError()])
+def test_too_little_memory_is_one_line_with_what_helps(error, tmp_path, monkeypatch):
+    def too_large(settings):
+        raise error
+
+    monkeypatch.setattr(main, "run_all", too_large)
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--output_dir", str(tmp_path)])
+    line = stop.value.code
+    assert line.startswith(f"{PROGRAM}: out of memory. What helps: ") and line.isprintable()
+    for word in ("--micro_batch_size", "--checkpoint_activations", f"{tmp_path} --resume"):
+        assert word in line
 
 
 # ---------------------------------------------------------------------------- NaN and collapse

@@ -19,7 +19,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from common import (ARCHITECTURES, CHATML, PROGRAM, ROOT, THINKS, build, byte_level)
+from common import ARCHITECTURES, CHATML, PROGRAM, ROOT, THINKS, build, byte_level
+from rows_common import no_cache_of_the_user  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTJConfig, GPTNeoXConfig
 from transformers import LlamaConfig, Qwen2Config
 
@@ -220,7 +221,8 @@ def test_what_ends_a_text_is_eos_and_what_generation_config_names(generation_con
     prefer(model, 9)
     assert sampling.sample_responses(model, tokenizer, [[5, 6], [7]], 4, 1.0) == (
         [[9], [9]] if named else [[9] * 4] * 2)
-    assert texts.decode_response([5, 9, 6], tokenizer) == tokenizer.decode([5] if named else [5, 9, 6])
+    assert texts.decode_response([5, 9, 6], tokenizer) == tokenizer.decode(
+        [5] if named else [5, 9, 6])
     model.save_pretrained(tmp_path / "saved")  # transformers refuses some of these when it saves
 
 
@@ -357,11 +359,6 @@ def write_parquet(folder):
                  "summary": " dog ate"} for name in names]
         datasets.Dataset.from_list(rows, POSTS).to_parquet(
             folder / VWXYZJN.split("/")[1] / "data" / f"{split}-00000-of-00001.parquet")
-
-
-@pytest.fixture(autouse=True)
-def no_cache_of_the_user(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture

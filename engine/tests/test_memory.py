@@ -2,13 +2,9 @@
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,8 +42,8 @@ ARCHITECTURES = list(configs())
 def settings(**changes):
     return SimpleNamespace(**{**vars(PPOConfig()), **vars(ModelConfig()), "base_model": None,
                               "reward_batch_size": 8, "sft_batch_size": 8, "query_length": 12,
-                              "response_length": 4, "summary_length": 8, "ppo_batch_size": 8, "ppo_episodes": 8,
-                              "ppo_epochs": 2, **changes})
+                              "response_length": 4, "summary_length": 8, "ppo_batch_size": 8,
+                              "ppo_episodes": 8, "ppo_epochs": 2, **changes})
 
 
 # ---------------------------------------------------------------------------- by hand
@@ -88,9 +84,9 @@ def test_without_sizes_of_their_own_whole_batches_are_in_memory():
     whole = memory_plan(settings(**sizes), BY_HAND)
     same = memory_plan(settings(**sizes, micro_batch_size=32, rollout_batch_size=32), BY_HAND)
     half = memory_plan(settings(**sizes, ppo_minibatches=2), BY_HAND)
-    assert [whole[name] for name in ("sampling", "measuring", "updating")] == [
-        same[name] for name in ("sampling", "measuring", "updating")]
-    assert whole["measuring"] == pytest.approx(2 * half["measuring"], rel=0.02)
+    assert [whole[name] for name in ("sampling", "updating")] == [
+        same[name] for name in ("sampling", "updating")]
+    assert whole["updating"] == pytest.approx(2 * half["updating"], rel=0.02)
     # of texts to score 256 are enough
     assert whole["scoring"] == pytest.approx(8 * same["scoring"], rel=0.02)
 
@@ -124,7 +120,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_any_language_model_has_a_plan(name):
     plan = memory_plan(settings(checkpoint_activations=True), CONFIGS[name])
-    known = {"sampling", "measuring", "updating", "scoring", "reward"}
+    known = {"sampling", "updating", "scoring", "reward"}
     turns = plan.keys() - {"weights", "trained", "judge"}
     assert turns == (set() if name == "no attention" else known)
     assert peak_of(plan) > plan["weights"] + plan["trained"] > 0
@@ -143,10 +139,10 @@ def test_a_plan_or_one_line(name, rank, capsys):
         assert (name, rank) == ("mamba2", 2), "peft has no adapters for it"
         assert "\n" not in str(error) and "--lora_rank 0" in str(error)
         return
-    counted = plan.keys() & {"sampling", "measuring", "updating", "scoring", "reward"}
+    counted = plan.keys() & {"sampling", "updating", "scoring", "reward"}
     said = capsys.readouterr().out
     assert peak_of(plan) > plan["weights"] > 0 and plan["trained"] > 0
-    assert len(counted) == 5 and not said or not counted and said.count("\n") == 1 and (
+    assert len(counted) == 4 and not said or not counted and said.count("\n") == 1 and (
         f"memory: {name} can't be tried before it is loaded" in said)
     if name in ("phi", "qwen3", "gemma3"):
         assert counted
@@ -333,8 +329,8 @@ def test_no_tensor_has_scores_for_the_prompt(k):
 def test_a_plan_that_does_not_fit_is_refused_in_one_line_with_cures(capsys):
     GB = 10**9
     plan = {"weights": 24 * GB, "trained": 1 * GB, "judge": 6 * GB, "sampling": 16 * GB,
-            "measuring": 1 * GB, "updating": 11 * GB, "scoring": 0}
-    # they take turns: 24 + 1 + 6 + max(16, 1, 11, 0) = 47, and 1 % for what can't be counted
+            "updating": 11 * GB, "scoring": 0}
+    # they take turns: 24 + 1 + 6 + max(16, 11, 0) = 47, and 1 % for what can't be counted
     check_memory(plan, 47.47 * GB, "a card")
     assert "memory: about 44.2 GiB (weights 22.4, " in capsys.readouterr().out
     with pytest.raises(SettingError) as error:

@@ -7,7 +7,8 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_full import OPENAI, OTHERWISE, VWXYZJN, hub, local, make_tokenizer, no_network  # noqa: F401
+from test_full import OPENAI, OTHERWISE, VWXYZJN, make_tokenizer, no_network
+from test_full import hub, no_cache_of_the_user  # noqa: F401 (fixtures)
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaConfig, T5Config
 
 from engine import main, start
@@ -23,7 +24,7 @@ FEW = ["--ppo_episodes", "48", "--ppo_batch_size", "16", "--reward_batch_size", 
 
 @pytest.fixture(scope="module")
 def base(hub, tmp_path_factory):  # noqa: F811
-    """A base model with a tokenizer, as HuggingFaceTB/SmolLM2-135M: a Llama with tied embeddings."""
+    """A base model with its tokenizer, as SmolLM2-135M: a Llama with tied embeddings."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = make_tokenizer(folder)
     torch.manual_seed(5)
@@ -63,7 +64,7 @@ def test_fast_dev_run_from_a_base_model(preset, hub, base, tmp_path):  # noqa: F
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 4])
 def test_from_a_base_model_to_the_report(rank, hub, base, tmp_path):  # noqa: F811
-    """SFT learns from the base model, adapters or all weights; what is saved was trained, merged."""
+    """SFT learns from a base model, adapters or all weights; what is saved was trained, merged."""
     main.main(from_base(hub, base, tmp_path / "run", *FEW, "--lora_rank", str(rank)))
     lines = [json.loads(line) for line in
              (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -117,7 +118,8 @@ def test_a_preset_ends_in_one_line_without_a_network(preset, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("config, words", [
-    (T5Config(d_model=8, num_layers=1, num_heads=1, vocab_size=9), "t5 is no causal language model"),
+    (T5Config(d_model=8, num_layers=1, num_heads=1, vocab_size=9),
+     "t5 is no causal language model"),
     (RobertaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=9,
                    intermediate_size=8), "roberta is no causal language model")])
 def test_a_base_model_that_writes_no_text(config, words, hub, tmp_path, monkeypatch):  # noqa: F811

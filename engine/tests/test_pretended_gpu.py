@@ -488,14 +488,15 @@ def account(name, dtype, rank, twice, k, layers):
                                 some)
         found = {"reward": mode.peaks["reward"] - (mode.there["reward"] if rank else 0)}
         with patch.object(ppo, "sample_responses", within("sampling", ppo.sample_responses)), \
-                patch.object(ppo, "rollout", within("measuring", ppo.rollout)), \
+                patch.object(ppo, "rollout", within("updating", ppo.rollout)), \
                 patch.object(ppo, "one_step", step):
             critic = ppo.train_ppo(run, model, reward_model, queries, TOKENIZER, some)
         there = found["ppo"] = mode.there["ppo"]
-        found |= {use: mode.peaks[use] - there for use in ("sampling", "measuring", "updating")}
+        found |= {use: mode.peaks[use] - there for use in ("sampling", "updating")}
         there = mode.now
         with mode.labelled("scoring"):
-            plain_reward.score_summaries(reward_model, queries, responses, 0, some.rollout_batch_size)
+            plain_reward.score_summaries(reward_model, queries, responses, 0,
+                                         some.rollout_batch_size)
         return found | {"scoring": mode.peaks["scoring"] - there}
 
 

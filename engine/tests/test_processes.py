@@ -454,7 +454,8 @@ def test_two_processes_whiten_over_all_tokens(two, name):
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(stage):
     for a, b in (("1 at a time", "whole"), ("3 at a time", "whole"), ("2 minibatches", "whole"),
-                 ("2 minibatches, 1 at a time", "whole"), ("2 of a post, 3 at a time", "2 of a post"),
+                 ("2 minibatches, 1 at a time", "whole"),
+                 ("2 of a post, 3 at a time", "2 of a post"),
                  ("4 minibatches, 2 of a post", "2 of a post")):
         split, whole = (measured(stage, SPLITS[name]) for name in (a, b))
         close(*(of_the_batch(found["gradients"], stage) for found in (split, whole)))

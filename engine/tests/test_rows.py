@@ -3,15 +3,14 @@
 No network is needed.
 """
 
-import copy
 import json
 from functools import partial
 from pathlib import Path
 
 import datasets
 import pytest
-from rows_common import (changed, comparison, message, news, no_cache_of_the_user, post,  # noqa: F401
-                         summaries, without, write)
+from rows_common import (changed, comparison, message, news, post, summaries, without)
+from rows_common import no_cache_of_the_user, write  # noqa: F401 (fixtures)
 
 from engine.data import load_both_splits
 from engine.rows import load_comparisons, load_posts
@@ -226,7 +225,7 @@ def test_our_own_form_counts_before_another(write, capsys):
 
 
 def test_a_form_is_read_from_a_table_too(write):
-    assert load_comparisons(write("prompt;chosen;rejected\nhi;yes;no\n", "rows.csv")) == [
+    assert load_comparisons(write("prompt,chosen,rejected\nhi,yes,no\n", "rows.csv")) == [
         {"post": {"subreddit": "", "title": "", "post": "hi"}, "chosen": "yes", "rejected": "no",
          "policies": ["", ""]}]
 
@@ -400,27 +399,19 @@ CELLS = [["Title", "post", " SUMMARY "], ["caf\u00e9; or, bar", 'a\n"b"; c,\td',
          ["", "e", "f"]]
 
 
-def table(mark):
-    return "".join(mark.join('"' + cell.replace('"', '""') + '"' for cell in row) + "\r\n"
-                   for row in CELLS)
+TABLE = "".join(",".join('"' + cell.replace('"', '""') + '"' for cell in row) + "\r\n"
+                for row in CELLS)
 
 
 @pytest.mark.parametrize("content", [
-    table(",").encode(), table(";").encode("utf-8-sig"), table("|").encode(),
-    ("sep=;\r\n" + table(";")).encode("utf-8-sig"), table("\t").encode("utf-16"),
-    table("\t").encode(), table(";").replace("\r\n", "\r").encode(),
-    (table(";").replace("\r\n", ";;\r\n") + ";;;;\r\n").encode(),  # columns and a row without text
-], ids=["commas", "semicolons", "bars", "sep", "unicode text", "tabs", "old Mac", "empty cells"])
+    TABLE.encode(), TABLE.encode("utf-8-sig"), TABLE.replace("\r\n", "\r").encode(),
+    (TABLE.replace("\r\n", ",,\r\n") + ",,,,\r\n").encode(),  # columns and a row without text
+], ids=["plain", "mark", "old Mac", "empty cells"])
 def test_tables_as_excel_saves_them(write, content):
     assert load_posts(write(content, "posts.csv")) == [
         {"subreddit": "", "title": "caf\u00e9; or, bar", "post": 'a\n"b"; c,\td',
          "summary": "short"},
         {"subreddit": "", "title": "", "post": "e", "summary": "f"}]
-
-
-def test_a_mark_inside_quotes_divides_no_header(write):
-    text = 'post;summary;"note, or ""why"""\na, b, c, d, e, f;g;h\n'
-    assert load_posts(write(text, "posts.csv"))[0]["post"] == "a, b, c, d, e, f"
 
 
 def test_a_cell_of_any_length(write):
@@ -534,12 +525,16 @@ FILES_OF_POSTS = [
     ("rows.csv", CSV + 'a,b,"c\nd",e\n\na,b,c\n', "row 5, summary: expected text"),
     ("rows.csv", CSV + 'a,b,"c\nd",e, and f\n', "row 2, whole row: expected a value"),
     ("rows.csv", CSV + 'a,b,c,"d\n', "expected UTF-8 .csv: unexpected end of data"),
-    ("rows.csv", "text;summary\na;b\n", "row 2, post: expected text, got None (of 1 rows 1 x post: "
+    ("rows.csv", "text,summary\na,b\n", "row 2, post: expected text, got None (of 1 rows 1 x post: "
      "expected text; fields: 'text, summary'); correct"),
+    *(("rows.csv", f"post{mark}summary\na{mark}b\n", "is not divided by commas; save the file with "
+       "commas") for mark in ";\t|"),
+    ("rows.csv", "sep=;\npost;summary\na;b\n", "'sep=;' is not divided by commas"),
+    ("rows.csv", "post,summary\na,b\n".encode("utf-16"), "line 1 has the byte 0xff, which is of "
+     "another encoding; save the file as UTF-8"),
     ("rows.csv", "subreddit,title,post\na,b,c\n", "row 2, summary: expected text, got None"),
     ("rows.csv", "post;summary,title\na;b,c\n", "; fields: 'post;summary, title'); correct"),
-    ("rows.csv", "Post,post,summary\na,b,c\n", "'Post,post,summary' has two columns of one name"),
-    ("rows.csv", "sep=;\npost;summary\na\n", "row 3, summary: expected text"),
+    ("rows.csv", "Post,post,summary\na,b,c\n", "'post,post,summary' has two columns of one name"),
     ("rows.jsonl", json_lines(post(" "), post(summary="\n")),
      f"{UNUSABLE}, got 0 of 2 rows used; left out: 1 empty post text, 1 empty reference summary"),
     ("rows.jsonl", json_lines({"Post": 1, "Text": 2}), "; fields: 'Post, Text'); correct")]
@@ -556,13 +551,6 @@ def test_a_bad_file_is_named(write, tmp_path, load, name, content, said):
 
 def test_no_fields_are_named_where_the_one_that_is_wrong_is_there(write):
     assert "; fields" not in message(load_posts, write([post(3)]))
-
-
-def test_utf_16_is_read_where_a_mark_says_so(write):
-    text = json.dumps(post("é"), ensure_ascii=False) + "\r\n"
-    for encoding in ("utf-16", "utf-8-sig"):
-        assert load_posts(write(text.encode(encoding)))[0]["post"] == "é"
-    message(load_posts, write(text.encode("utf-16")[:-1]))
 
 
 def test_folder_without_parquet_files(write, tmp_path):

@@ -33,14 +33,14 @@ def start(tokens):
     {"eos_token_id": [1, 4]}, {"pad_token_id": 4}, {"eos_token_id": 99}])
 def test_what_is_drawn_is_what_the_plain_loop_draws(changes):
     """Token by token, from the same generator: ends, padding, temperature and top_p as there."""
-    draw = torch.Generator().manual_seed(0)
-    model = table_model(torch.randn(6, 6, generator=draw, dtype=torch.float64).tolist())
+    random = torch.Generator().manual_seed(0)
+    model = table_model(torch.randn(6, 6, generator=random, dtype=torch.float64).tolist())
     model.generation_config.top_k = 1  # a checkpoint's own settings must not shape the rollouts
     settings = {"eos_token_id": 1, "pad_token_id": 0, **changes}
     for seed, tokens in enumerate(([3, 5, 2, 4], [2], [5] * 9)):
         before = torch.get_rng_state()
-        ours, theirs = (function(model, *start(tokens), 7, generator=generator_for(seed), **settings)
-                        for function in (sample, lm.sample))
+        ours, theirs = (draw(model, *start(tokens), 7, generator=generator_for(seed), **settings)
+                        for draw in (sample, lm.sample))
         assert torch.equal(ours, theirs) and ours.dtype == torch.long
         assert torch.equal(torch.get_rng_state(), before), "the global random state has moved"
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import ARCHITECTURES, Told, build
+from common import ARCHITECTURES, build
 
 import lm
 from engine import packing, ppo, sampling

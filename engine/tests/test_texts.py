@@ -14,8 +14,9 @@ from tldr import build_prompt
 @pytest.fixture(scope="module")
 def tokenizer():
     """A byte-level BPE tokenizer as GPT-2's: pad is eos, and a few merges."""
-    return byte_level("the cat sat on my seat and I was tired", ["<|endoftext|>", "<|im_end|>"], 330,
-                      eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+    return byte_level("the cat sat on my seat and I was tired",
+                      ["<|endoftext|>", "<|im_end|>"], 330, eos_token="<|endoftext|>",
+                      pad_token="<|endoftext|>",
                       additional_special_tokens=["<|im_end|>"], model_max_length=64)
 
 
