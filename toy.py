@@ -119,7 +119,7 @@ def make_posts(n, seed):
         posts.setdefault(post["post"], post)
     if len(posts) < n:
         raise DataError(f"the tiny world can't give {n} different posts, at most {most}: lower "
-                           "toy_posts, toy_comparisons or toy_held_out")
+                        "toy_posts, toy_comparisons or toy_held_out")
     return list(posts.values())
 
 
