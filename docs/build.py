@@ -106,7 +106,9 @@ def colour(source, scopes, module):
                 line = ""
             scope = scopes[len(lines)] if len(lines) < len(scopes) else ""
             owner = before[0] if before[1] == "." else ""
-            names = [f"{scope.split('.')[-1]}.{part}", f"{owner}.{part}", f"{module}.{part}", part]
+            names = [f"{scope.split('.')[-1]}.{part}", f"{module}.{part}", part]
+            if owner.isidentifier() and owner != "self":  # optimizer.step is no step
+                names = [f"{owner}.{part}", part]
             key = next((KEYS[name] for name in names if name in KEYS), None)
             if key and kind in Name and not (owner and len(part) == 1):  # weights.T is no T
                 line += mark(key, escape(part), "span", (scope, key) not in seen)
