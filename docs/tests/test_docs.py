@@ -155,6 +155,13 @@ def test_a_section_is_a_function_whole_and_nothing_else(built):
     assert "check_shapes" in plain("".join(checks)), "guard clauses are folded"
 
 
+def test_every_link_leads_somewhere(built):
+    for name, page in built.items():
+        for target, anchor in re.findall(r'href="([\w.]+\.html)?(#[\w.]+)?"', page):
+            there = built[f"docs/{target}" if target else name]
+            assert not anchor or f'id="{anchor[1:]}"' in there, f"{name}: {target}{anchor}"
+
+
 def test_a_pencil_example_has_its_numbers(built):
     for function, numbers in (("kl_penalized_rewards", "[[-0.01, 0.025, 1.975, 0]]"),
                               ("compute_gae", "[[1.72044, 1.71625, 1.675, 0]]"),
