@@ -207,13 +207,12 @@ def test_masked_mean_contract():
 def test_check_mask():
     for dtype in (torch.bool, torch.long, torch.float32):
         mask = t([[1, 0], [0, 0]]).to(dtype)
-        checked = lm.check_mask(mask)
-        assert checked.dtype == torch.bool and checked.tolist() == [[True, False], [False, False]]
+        assert torch.equal(lm.check_mask(mask), mask.bool())
+        assert torch.equal(lm.check_mask(mask[:1], every_row=True), mask[:1].bool())
         with pytest.raises(ValueError, match=r"every row of mask \(2, 2\)"):
             lm.check_mask(mask, every_row=True)
         with pytest.raises(ValueError, match=r"mask \(1, 2\) selects nothing"):
             lm.check_mask(mask[1:])
-        lm.check_mask(mask[:1], every_row=True)
 
 
 def test_zero_off_reads_nothing_off_the_mask():
@@ -326,13 +325,6 @@ def test_log_probs_by_hand(logits, labels, temperature, expected, hint, dtype):
     close(logits.grad[0], [*slope.tolist(), [0, 0, 0]], "onehot - softmax, by the temperature")
 
 
-def test_log_probs_of_half_precision_logits_are_not_rounded():
-    logits = t([[[20, 19.5, 3], [0, 0, 0]]], torch.bfloat16)
-    # log(e^20 + e^19.5 + e^3) = 20 + log(1 + e^-.5 + e^-17) = 20.4740770
-    close(lm.get_log_probs(logits, torch.tensor([[0, 1]])), [[-.9740770]],
-          "a log_softmax in bfloat16 is off by 1e-3: go to float32 first", 1e-5)
-
-
 def test_log_probs_contract():
     logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[0, 1, 2, 3], [4, 3, 2, 1], [0, 0, 0, 0]])
@@ -345,6 +337,10 @@ def test_log_probs_contract():
         with pytest.raises(ValueError, match="temperature"):
             lm.get_log_probs(logits, labels, temperature)
     keeps_types_and_inputs(lm.get_log_probs, "logits", logits=logits, labels=labels)
+    # log(e^20 + e^19.5 + e^3) = 20 + log(1 + e^-.5 + e^-17) = 20.4740770
+    half = t([[[20, 19.5, 3], [0, 0, 0]]], torch.bfloat16)
+    close(lm.get_log_probs(half, torch.tensor([[0, 1]])), [[-.9740770]],
+          "a log_softmax in bfloat16 is off by 1e-3: go to float32 first", 1e-5)
 
 
 # ---------------------------------------------------------------------------- sampling, by table
@@ -359,16 +355,14 @@ def test_every_use_of_randomness_has_a_stream_of_its_own():
 
 
 def surely(successors):
-    """Logits of a model that surely puts successors[token] after token."""
-    return [[30. if token == after else 0. for token in range(len(successors))]
-            for after in successors]
+    """A model that surely puts successors[token] after token."""
+    return table_model([[30. * (token == after) for token in range(len(successors))]
+                        for after in successors])
 
 
 def start(tokens):
     """One query per token, [0, 0, token], its first two positions padding."""
-    ids = torch.zeros(len(tokens), 3, dtype=torch.long)
-    ids[:, 2] = torch.tensor(tokens)
-    return ids, torch.tensor([[0, 0, 1]] * len(tokens))
+    return torch.tensor([[0, 0, x] for x in tokens]), torch.tensor([[0, 0, 1]] * len(tokens))
 
 
 @pytest.mark.parametrize("temperature", [0., 1.])
@@ -381,11 +375,10 @@ def start(tokens):
 ])
 def test_sample_pads_after_eos_and_is_as_wide_as_the_longest(
         tokens, most, pad_id, expected, temperature):
-    model = table_model(surely([0, 0, 1, 2, 3, 4, 5, 6]))  # each is followed by the one below
+    model = surely([0, 0, 1, 2, 3, 4, 5, 6])  # each is followed by the one below
     responses = lm.sample(model, *start(tokens), most, eos_token_id=1, pad_token_id=pad_id,
                           temperature=temperature)
-    assert responses.dtype == torch.long
-    assert responses.tolist() == expected, (
+    assert responses.dtype == torch.long and responses.tolist() == expected, (
         "the width is that of the longest response, max_new_tokens at most, after EOS comes "
         "pad_token_id, and a row that ended must not shift the others")
 
@@ -393,7 +386,7 @@ def test_sample_pads_after_eos_and_is_as_wide_as_the_longest(
 @pytest.mark.parametrize("eos, expected", [
     (1, [[4, 0, 2, 3, 1], [3, 1, 0, 0, 0]]), ([1, 4], [[4, 0], [3, 1]])])
 def test_a_padding_id_drawn_before_eos_is_an_ordinary_token(eos, expected):
-    model = table_model(surely([2, 1, 3, 1, 0, 4]))  # 5 -> 4 -> 0 -> 2 -> 3 -> 1 = EOS
+    model = surely([2, 1, 3, 1, 0, 4])  # 5 -> 4 -> 0 -> 2 -> 3 -> 1 = EOS
     responses = lm.sample(model, *start([5, 2]), 9, eos_token_id=eos, pad_token_id=0, temperature=0)
     assert responses.tolist() == expected, "only EOS ends a response, each one where there are two"
 
@@ -401,7 +394,7 @@ def test_a_padding_id_drawn_before_eos_is_an_ordinary_token(eos, expected):
 def test_sample_refuses_what_has_no_meaning():
     ids, mask = start([3, 5])
     given = {"max_new_tokens": 2, "eos_token_id": 1, "pad_token_id": 1}
-    sample = functools.partial(lm.sample, table_model(surely([0, 0])))
+    sample = functools.partial(lm.sample, surely([0, 0]))
     for wrong in (mask[:1], mask[:, :1], mask[:, 1:], mask[0], mask[None]):
         refused(functools.partial(sample, **given), {"input_ids": ids, "attention_mask": wrong},
                 ["input_ids", "attention_mask"])
@@ -415,14 +408,11 @@ PROBS = [.15, .5, .1, .25]
 
 
 def frequencies(n=20000, steps=1, seed=0, **settings):
-    row = [math.log(p) for p in PROBS] + [-40.]
-    model = table_model([row] * 5)
-    model.generation_config.top_k = 1  # a checkpoint's own settings must not shape the rollouts
-    model.generation_config.repetition_penalty = 5.
-    model.generation_config.temperature = .1
-    generator = torch.Generator().manual_seed(seed)
+    model = table_model([[math.log(p) for p in PROBS] + [-40.]] * 5)
+    # a checkpoint's own settings must not shape the rollouts
+    model.generation_config.update(top_k=1, repetition_penalty=5., temperature=.1)
     responses = lm.sample(model, *start([0] * (n // steps)), steps, eos_token_id=4, pad_token_id=4,
-                          generator=generator, **settings)
+                          generator=torch.Generator().manual_seed(seed), **settings)
     return torch.bincount(responses.flatten(), minlength=5)
 
 
@@ -468,17 +458,9 @@ def test_every_token_may_be_drawn_and_top_p_stops_where_it_is_reached():
 
 def test_sample_draws_from_its_generator_only():
     before = torch.get_rng_state()
-    first, again, other = frequencies(99), frequencies(99), frequencies(99, seed=1)
-    assert torch.equal(torch.get_rng_state(), before), (
-        "sample with a generator moved the global random state")
-    assert torch.equal(first, again), "one seed, two results"
-    assert not torch.equal(first, other), "another seed, the same result"
-    model = table_model([[0.] * 5] * 5)
-    drawn = []
-    for seed in (0, 0, 1):  # without a generator
-        torch.manual_seed(seed)
-        drawn.append(lm.sample(model, *start([0] * 20), 3, eos_token_id=4, pad_token_id=4).tolist())
-    assert drawn[0] == drawn[1] != drawn[2]
+    first, again, other = (frequencies(99, seed=seed).tolist() for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before), "the global random state was moved"
+    assert first == again != other, "one seed, one result; another seed, another one"
 
 
 # ---------------------------------------------------------------------------- on real models
@@ -583,7 +565,7 @@ def test_encode_responses(texts, limit, expected, hint):
 @pytest.mark.parametrize("batch_size", [1, 4, 99])
 def test_write_summaries(batch_size):
     # What follows each token: c -> a -> space -> b -> \n -> EOS, d -> e -> d, > -> <, and e an EOS
-    model = table_model(surely([1, 7, 4, 2, 10, 3, 7, 6, 1, 8, 1, 1]))
+    model = surely([1, 7, 4, 2, 10, 3, 7, 6, 1, 8, 1, 1])
     queries = [[5, 5, 5], [6], [4, 3], [8], [3, 3, 3, 3, 3, 2], [9]]
     texts = lm.write_summaries(model, Letters(), queries, 6, 0., batch_size=batch_size)
     assert texts == ["a b", "ededed", "b", "", "b", "<"], (

@@ -79,8 +79,7 @@ def test_same_seed_same_world_and_global_random_state_untouched():
 def test_posts_are_different_and_hold_their_facts_among_asides():
     assert len({post["post"] for post in POSTS}) == len(POSTS)
     for post in POSTS:
-        text = post["title"] + " " + post["post"]
-        assert all(fact in text for fact in post["facts"].values())
+        assert all(fact in post["title"] + post["post"] for fact in post["facts"].values())
         assert all(aside in post["post"] for aside in post["asides"])
         assert set(post) >= {"subreddit", "title", "post", "summary"}
 
@@ -145,20 +144,15 @@ def test_pairs_that_differ_in_facts_only():
             c for c, _ in toy.read_summary(confusion)]
 
 
-def test_a_summary_with_no_right_fact_has_no_confused_copy(monkeypatch):
-    # a writer who got who, did and what wrong and left out the rest: no draw can differ
-    monkeypatch.setattr(toy, "write_summary", lambda post, rng, terse: "My sister hid my couch.")
-    summary, confusion = toy.confused_pair(POST, random.Random(0))
-    assert summary == confusion == "My sister hid my couch."
-    # one right fact is enough
-    monkeypatch.setattr(toy, "write_summary", lambda post, rng, terse: "My sister hid my car.")
-    summary, confusion = toy.confused_pair(POST, random.Random(0))
-    assert summary == "My sister hid my car." != confusion and "My sister hid my " in confusion
-
-
-def test_equal_pairs_are_left_out(monkeypatch):
-    monkeypatch.setattr(toy, "confused_pair", lambda post, rng: ("My boss sold my car.",) * 2)
-    assert toy.make_comparisons(POSTS, [], [], "seed") == []
+def test_nobody_waits_for_a_draw_that_does_not_come(monkeypatch):
+    # a writer who got who, did and what wrong and left out the rest: no draw can differ, and such
+    # pairs are left out. One right fact is enough
+    for text, differs in (("My sister hid my couch.", False), ("My sister hid my car.", True)):
+        monkeypatch.setattr(toy, "write_summary", lambda post, rng, terse: text)
+        summary, confusion = toy.confused_pair(POST, random.Random(0))
+        assert summary == text and (confusion != text) == differs
+        assert confusion.startswith("My sister hid my ")
+        assert len(toy.make_comparisons([POST], [], [], "seed")) == differs
     monkeypatch.setattr(toy, "write_summary", lambda post, rng, terse: toy.ideal_summary(post))
     assert toy.reference_summary(POST, 0) == toy.ideal_summary(POST)  # an end, after DRAWS
 
