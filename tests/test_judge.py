@@ -335,10 +335,10 @@ def test_win_rates_during_a_run():
 def test_every_policy_against_the_references_and_what_is_said_of_it():
     ask, asked = spied_ask()
     posts = [{"subreddit": "s", "title": "t", "post": post, "summary": text, "secret": 1}
-             for post, text in (("p", "ref 1"), ("q", "ref 22"))]
+             for post, text in (("p", "ref 1"), ("q", "r e f"))]
     sft, ppo, best = ["sft", "sft sft"], ["ppo ppo", "ppo ppo"], ["best of n"]
     results, outcomes = judge.compare_summaries(ask, posts, sft, ppo, best)
-    references = ["ref 1", "ref 22"]
+    references = ["ref 1", "r e f"]
     assert asked == [(posts, sft, references), (posts, ppo, references), (posts, ppo, sft),
                      (posts[:1], best, references[:1])]
     assert outcomes == {"sft_vs_reference": [0.0, 1.0], "ppo_vs_reference": [1.0, 1.0],
@@ -347,7 +347,7 @@ def test_every_policy_against_the_references_and_what_is_said_of_it():
     header, *table = judge.win_rate_table(results)
     # Wilson at 1 of 2: .5 +- .5 / sqrt(1 + 2 / 3.841459) = .5 +- .405469
     assert header == judge.HEADER and table[0] == (
-        "SFT against reference", "0.500", "0.095 - 0.905", "2", "1.5 / 2.0")
+        "SFT against reference", "0.500", "0.095 - 0.905", "2", "1.5 / 2.5")
     assert [row[0].split()[0] for row in table] == ["SFT", "PPO", "PPO", "best-of-n"]
 
     samples = judge.describe_samples(
@@ -356,11 +356,11 @@ def test_every_policy_against_the_references_and_what_is_said_of_it():
         {"post": {"subreddit": "s", "title": "t", "post": "p"}, "reference": "ref 1", "sft": "sft",
          "ppo": "ppo ppo", "reward_sft": 0.75, "reward_ppo": 1.75, "ppo_vs_reference": 1.0,
          "ppo_vs_sft": 1.0, "judge": "longest"},
-        {"post": {"subreddit": "s", "title": "t", "post": "q"}, "reference": "ref 22",
+        {"post": {"subreddit": "s", "title": "t", "post": "q"}, "reference": "r e f",
          "sft": "sft sft", "ppo": "ppo ppo", "reward_sft": 1.75, "reward_ppo": 1.75,
          "ppo_vs_reference": 1.0, "ppo_vs_sft": 0.5, "judge": "longest"}]
     means = {"reward_sft": 1.25, "reward_ppo": 1.75, "mean_length_sft": 1.5, "mean_length_ppo": 2.0,
-             "mean_length_reference": 2.0}
+             "mean_length_reference": 2.5}
     assert {key: value for key, value in results.items() if key not in outcomes} == means
 
     results, _ = judge.compare_summaries(ask, POSTS, sft, ppo, best)
