@@ -93,13 +93,9 @@ def test_gae():
     close(advantages, [[.4705, .39, .2]], "[.5, .4, .2] ignores lambda, [.1, .2, .2] forgets the "
           "recursion, [..., 1] forgets V: delta = R + gamma V' - V, A = delta + gamma lambda A'")
     close(returns, [[.9705, .99, 1]], "returns = unwhitened advantages + values")
-
-
-def test_gae_limits():
-    rewards, values, mask = t([[0, 0, 1]]), t([[.5, .6, .8]]), torch.ones(1, 3)
-    close(compute_gae(rewards, values, mask, 1., 1.)[0], [[.5, .4, .2]],
-          "lambda 1: all rewards to come, minus V")
-    close(compute_gae(rewards, values, mask, 1., 0.)[0], [[.1, .2, .2]], "lambda 0: delta alone")
+    for lam, expected in ((1., [.5, .4, .2]), (0., [.1, .2, .2])):  # all to come - V; delta alone
+        advantages, _ = compute_gae(t([[0, 0, 1]]), t([[.5, .6, .8]]), torch.ones(1, 3), 1., lam)
+        close(advantages, [expected], f"lambda {lam}")
 
 
 def test_gae_with_a_discount():
@@ -155,9 +151,6 @@ def test_whiten():
     close(whiten(x, mask), [[-1.183216, -.507093, .169031, 0], [1.521278, 0, 0, 0]],
           "-1.0357 takes the padding into the mean, -1.0247 divides the variance by n - 1, 1.5668 "
           "adds the mean back, a mean over each row gives [-1.22, 0, 1.22] and [0]")
-
-
-def test_whiten_adds_1e_8_to_the_variance():
     # mean 5e-5, variance 2.5e-9: 5e-5 / sqrt(2.5e-9 + 1e-8) = 5e-5 / 1.118034e-4
     close(whiten(t([[0, 1e-4]]), torch.ones(1, 2)), [[-.4472136, .4472136]],
           "1e-8 belongs under the root")
@@ -182,13 +175,16 @@ RATIOS, ADVANTAGES = [1.5, 1.5, .5, .5, 1.1], [1, -1, 1, -1, 2]
 
 def test_policy_loss():
     # max(-A rho, -A clip(rho, .8, 1.2)): -1.2, 1.5, -.5, .8, -2.2; their mean is -1.6 / 5
-    log_probs, old = t([RATIOS]).log() - 3, t([[-3] * 5])
+    log_probs, old = (t([RATIOS]).log() - 3).requires_grad_(), t([[-3] * 5])
     loss, clip_fraction = policy_loss(log_probs, old, t([ADVANTAGES]), torch.ones(1, 5))
     close(loss, -.32, "the larger of two losses: -0.56 takes the smaller one, 0.56 has the wrong "
           "sign, -0.44 never clips or takes the clipped one always, -0.38 clips large ratios only, "
           "-0.177 turns the ratio upside down")
     close(clip_fraction, .4, "clipped where the clipped loss is strictly larger (the 1st and the "
           "4th); 0.8 counts every ratio outside the range")
+    loss.backward()
+    close(log_probs.grad, [[0, .3, -.1, 0, -.44]], "[0, 1, -1, 0, -2] * ratio / 5")
+    assert not clip_fraction.requires_grad, "a number to look at, not a loss"
 
 
 @pytest.mark.parametrize("ratio, advantage, loss, slope", [
@@ -204,14 +200,6 @@ def test_policy_loss_by_quadrant(ratio, advantage, loss, slope):
           "where the clipped loss is the larger one; a policy that overshot must find back")
 
 
-def test_policy_loss_gradient():
-    log_probs = t([RATIOS]).log().requires_grad_()
-    loss, clip_fraction = policy_loss(log_probs, t([[0] * 5]), t([ADVANTAGES]), torch.ones(1, 5))
-    loss.backward()
-    close(log_probs.grad, [[0, .3, -.1, 0, -.44]], "[0, 1, -1, 0, -2] * ratio / 5")
-    assert not clip_fraction.requires_grad, "a number to look at, not a loss"
-
-
 def test_policy_loss_counts_tokens_not_summaries():
     # At ratio 1 the loss is the masked mean of -A: (1 + 2 + 3 + 4) / 4
     advantages = -t([[1, 2, 3, 50], [4, 50, 50, 50]])
@@ -219,9 +207,6 @@ def test_policy_loss_counts_tokens_not_summaries():
     loss, clip_fraction = policy_loss(same, same, advantages, mask)
     close(loss, 2.5, "3.0 is the mean of the row means, 26.25 counts the padding: masked_mean")
     close(clip_fraction, 0., "before any step every ratio is 1 and nothing is clipped")
-
-
-def test_clip_fraction_counts_actions_only():
     log_probs = t([[1.5, 1, 1.5, 1.5], [1, 1, 1.5, 1.5]]).log()
     _, clip_fraction = policy_loss(log_probs, t([[0] * 4] * 2), t([[1] * 4] * 2),
                                    t([[1, 1, 0, 0], [1, 1, 0, 0]]))
@@ -273,11 +258,14 @@ def test_policy_loss_has_a_finite_gradient_even_where_the_loss_overflows(dtype):
 def test_value_loss():
     # clipped to 1 +- .2: [1.2, 1.1, .8]. Squared errors .25, .81, 2.25 and clipped .64, .81, 1.44;
     # the larger ones .64, .81, 2.25 sum to 3.7; half their mean
-    loss, clip_fraction = value_loss(t([[1.5, 1.1, .5]]), t([[1, 1, 1]]), t([[2, 2, 2]]),
-                                     torch.ones(1, 3))
+    values = t([[1.5, 1.1, .5]]).requires_grad_()
+    loss, clip_fraction = value_loss(values, t([[1, 1, 1]]), t([[2, 2, 2]]), torch.ones(1, 3))
     close(loss, 3.7 / 6, "1.2333 forgets the 1/2, 0.4167 takes the smaller error, 0.5517 never "
           "clips, or around the returns")
     close(clip_fraction, 1 / 3, "clipped where the clipped error is strictly larger: the first one")
+    loss.backward()  # clipped: 0; (1.1 - 2) / 3; (.5 - 2) / 3
+    close(values.grad, [[0, -.3, -.5]], "the 1/2 cancels the 2 of the square; zero where clipped")
+    assert not clip_fraction.requires_grad, "a number to look at, not a loss"
 
 
 def test_value_loss_clips_around_the_old_value():
@@ -289,15 +277,6 @@ def test_value_loss_clips_around_the_old_value():
     loss, clip_fraction = value_loss(t([[1]]), t([[.5]]), t([[1]]), torch.ones(1, 1))
     close(loss, .045, "0 clips around the return")
     close(clip_fraction, 1., "the clipped error is the larger one")
-
-
-def test_value_loss_gradient():
-    # clipped: 0; (1.1 - 2) / 3; (.5 - 2) / 3
-    values = t([[1.5, 1.1, .5]]).requires_grad_()
-    loss, clip_fraction = value_loss(values, t([[1, 1, 1]]), t([[2, 2, 2]]), torch.ones(1, 3))
-    loss.backward()
-    close(values.grad, [[0, -.3, -.5]], "the 1/2 cancels the 2 of the square; zero where clipped")
-    assert not clip_fraction.requires_grad, "a number to look at, not a loss"
 
 
 def test_value_loss_counts_tokens_not_summaries():

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ppo
 import rlhf_minimal
+import toy
 from reward import RewardModel
 from rlhf_minimal import Run, SettingError, parse_settings
 
@@ -135,6 +137,25 @@ def test_a_run_leaves_every_file_also_without_an_engine(finished):
     assert "Win rates, judged by: labeler" in finished.out and str(folder) in finished.out
 
 
+def test_texts_in_and_texts_out(finished):
+    """What run_all does with posts, on the models that it has left."""
+    settings = parse_settings(TINY)
+    posts, held_out, compared, _ = toy.make_data(settings)
+    tokenizer = AutoTokenizer.from_pretrained(finished.folder / "policy")
+    policy = AutoModelForCausalLM.from_pretrained(finished.folder / "policy")
+    rows = toy.make_comparisons(compared, [], [], 0)
+    pairs = rlhf_minimal.encode_pairs(rows, tokenizer, settings)
+    assert [[row["chosen"], row["rejected"]] for row in rows] == [
+        [tokenizer.decode(ids[:-1]).strip() for ids in sides] for _, *sides in pairs]
+    scores = rlhf_minimal.score(
+        tokenizer, settings, RewardModel.from_pretrained(finished.folder / "reward_model"), posts,
+        [post["summary"] for post in posts])
+    assert sum(scores) / len(scores) == pytest.approx(0, abs=1e-4), "references have mean 0"
+    write = partial(rlhf_minimal.write, tokenizer, settings, policy, held_out)
+    assert write() == write(0.0, "any stream") and len(write()) == len(held_out)
+    assert write(1.0, "a", 0) == write(1.0, "a", 0) != write(1.0, "a", 1), "a stream has its name"
+
+
 def test_a_second_run_of_the_seed_is_the_same_and_is_told_with_a_report(
         finished, tmp_path, monkeypatch, capsys):
     told = []
@@ -168,51 +189,39 @@ def test_a_fresh_run_has_a_fresh_folder_and_resume_takes_the_last(tmp_path, monk
 
 
 def kill_at(moment, place):
-    """In this process: SIGKILL at the moment-th event of a run. An event is half a line of
-    metrics.jsonl, a file or a model that is written in half, or the time before or after a rename.
-    What it was is appended to the file place. 0: count them, and leave the number there."""
+    """In this process: SIGKILL in the middle of the moment-th write of a run; what it was goes to
+    the file place. Returns [- number of writes so far]; moment 0 only counts."""
     left = [moment]
 
-    def here(what):
-        left[0] -= 1
-        if left[0] == 0:
-            with open(place, "a", encoding="utf-8") as file:
-                file.write(what + "\n")
-            return True
+    def event(owner, name, what, half):
+        really = getattr(owner, name)
 
-    def die():
-        os.kill(os.getpid(), signal.SIGKILL)
+        def wrapped(*arguments, **named):
+            left[0] -= 1
+            if left[0] == 0:
+                with open(place, "a", encoding="utf-8") as file:
+                    file.write(f"{what} {arguments[1]}\n")
+                half(really, *arguments)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return really(*arguments, **named)
 
-    def replace(source, target, really=os.replace):
-        if here(f"before {Path(target).name}"):
-            die()
-        really(source, target)
-        if here(f"after {Path(target).name}"):
-            die()
+        setattr(owner, name, wrapped)
 
-    def write_text(path, text, really=Path.write_text, **named):
-        if path.name == "unfinished" and here("half a file"):
-            really(path, text[: len(text) // 2], **named)
-            die()
-        return really(path, text, **named)
+    def half_a_line(really, run, *_):
+        with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write('{"stage": "sf')
 
-    def save(run, name, *parts, really=Run.save):
-        if here(f"half of {name}"):
-            parts[0].save_pretrained(run.folder / "unfinished")
-            file = run.folder / "unfinished" / "model.safetensors"
-            os.truncate(file, file.stat().st_size // 2)
-            die()
-        really(run, name, *parts)
+    def half_a_model(really, run, name, *parts):
+        parts[0].save_pretrained(run.folder / "unfinished")
+        file = run.folder / "unfinished" / "model.safetensors"
+        os.truncate(file, file.stat().st_size // 2)
 
-    def log(run, stage, step, really=Run.log, **metrics):
-        if here(f"line of {stage}"):
-            with open(run.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write('{"stage": "' + stage[:2])
-            die()
-        really(run, stage, step, **metrics)
-
-    rlhf_minimal.os = SimpleNamespace(replace=replace)
-    Path.write_text, Run.save, Run.log = write_text, save, log
+    rlhf_minimal.os = SimpleNamespace(replace=os.replace)  # its own, not everybody's
+    event(rlhf_minimal.os, "replace", "before", lambda *_: None)
+    event(rlhf_minimal.os, "replace", "after", lambda really, *paths: really(*paths))
+    event(Path, "write_text", "file", lambda really, path, text: really(path, text[:30]))
+    event(Run, "save", "model", half_a_model)
+    event(Run, "log", "line", half_a_line)
     return left
 
 
@@ -223,16 +232,14 @@ def forked(folder, moment=None, seconds=None):
     if child == 0:
         with open(f"{folder}.log", "a") as file, contextlib.redirect_stdout(file):
             try:
-                sys.modules["engine"] = None
-                left = kill_at(moment, f"{folder}.killed") if moment is not None else None
-                rlhf_minimal.ROOT = folder.parent / "project"
+                sys.modules["engine"], rlhf_minimal.ROOT = None, folder.parent / "project"
+                left = kill_at(moment, f"{folder}.killed") if moment is not None else [0]
                 run_in(folder, "--resume")
                 if moment == 0:
                     Path(f"{folder}.events").write_bytes(str(-left[0]).encode())
                 os._exit(0)
             except BaseException as error:
-                file.write(repr(error))
-                file.flush()
+                print(repr(error), flush=True)
                 os._exit(1)
     if seconds is not None:
         time.sleep(seconds)
@@ -251,12 +258,13 @@ def test_killed_and_resumed_ends_bit_for_bit_the_same(finished, tmp_path):
     """At a moment of each stage and inside two saves, one after the other in one folder."""
     copy_root_files(tmp_path / "project")
     folder, draw = tmp_path / "run", random.Random(os.environ.get("KILLS_SEED", 1))
-    # the events until config.json and metrics.jsonl are there, then what one start adds to them;
-    # later starts have fewer, so that a number is further in a run that has got further
-    for moment in (5 + draw.randrange(6), 11, 11 + draw.randrange(8), 12 + draw.randrange(9), 14):
+    # Events: config.json 3, metrics.jsonl 3, SFT 3 lines, its model 3; then without config.json and
+    # with SFT done: metrics.jsonl 3, reward model 8 lines and 3; with that done, PPO 4 lines and 6
+    for moment in (10, 10 + draw.randrange(8), 12, 15 + draw.randrange(5), 8 + draw.randrange(9)):
         assert not forked(folder, moment), "it was to be killed"
     assert forked(folder)
     same_outcome(finished.folder, folder)
+    assert Path(f"{folder}.killed").read_text().split()[:2] == ["model", "sft"]
 
 
 @needs_fork
@@ -280,8 +288,7 @@ def test_killed_thirty_times_and_resumed_ends_bit_for_bit_the_same(finished, tmp
         same_outcome(finished.folder, folder)
         chain += 1
     places = "".join(path.read_text() for path in tmp_path.glob("*.killed"))
-    for place in ("line of sft", "line of reward", "line of ppo", "half of", "before", "after",
-                  "half a file"):
+    for place in ("line sft", "line reward", "line ppo", "model", "before", "after", "file"):
         assert place in places, f"never killed there: {place}"
 
 
