@@ -336,9 +336,8 @@ def test_the_committed_fig_1_is_named_as_it_is():
     assert preferred["PPO"][0] < preferred["SFT"][0] - 0.1
     assert preferred["PPO"][2] > preferred["SFT"][2] + 0.4
     assert max(preferred["SFT"]) - min(preferred["SFT"]) < 0.02
-    readme = (figures.HERE / "README.md").read_text(encoding="utf-8")
     for line, numbers in preferred.items():
-        assert f"{line} " + ", ".join(f"{x:.2f}"[1:] for x in numbers) in readme
+        assert f"{line} " + ", ".join(f"{x:.2f}"[1:] for x in numbers) in README
 
 
 def test_the_committed_best_of_n_is_named_as_it_is():
@@ -366,28 +365,28 @@ def test_the_committed_fig_5_rises_and_falls_in_each_seed_but_one():
     assert len(ends) == 6 and kept >= 5
 
 
-def test_the_numbers_of_the_new_figures_in_the_two_readmes():
-    readmes = [(folder / "README.md").read_text(encoding="utf-8")
-               for folder in (figures.HERE.parent, figures.HERE)]
-    rows = committed("over-optimization")
-    for point in ("start", "end of 0.2", "end of 0.05", "end of 0.0"):
-        number = told(rows, "true", line="end of runs", point=point)
-        assert all(number in readme for readme in readmes)
+README = (figures.HERE / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name, key, line, by, points", [
+    ("over-optimization", "true", ["end of runs"], "point",
+     ["start", "end of 0.2", "end of 0.05", "end of 0.0"]),
+    ("length-bias", "predicted", None, "update", [40]),
+    ("length-bias", "true", None, "update", [40]),
+    ("best-of-n", "true", None, "n", [16, 64, 256]),
+    ("contrast", "preferred", None, "line", None)])
+def test_the_numbers_of_the_readme_are_those_of_the_points(name, key, line, by, points):
+    rows = committed(name)
+    for line in line or dict.fromkeys(row["line"] for row in rows):
+        for point in points or [line]:
+            assert told(rows, key, **{"line": line, by: point}) in README
+
+
+def test_the_words_of_labelers_who_pay_for_length():
     rows = committed("length-bias")
     for line in dict.fromkeys(row["line"] for row in rows):
-        for key in ("predicted", "true"):
-            assert told(rows, key, line=line, update=40) in readmes[1]
-    rows = committed("best-of-n")
-    for line in dict.fromkeys(row["line"] for row in rows):
-        for n in (16, 64, 256):
-            assert told(rows, "true", line=line, n=n) in readmes[1]
-
-
-def test_the_readmes_numbers_of_what_came_after():
-    rows = json.loads((figures.HERE / "contrast.json").read_text(encoding="utf-8"))
-    readme = (figures.HERE.parent / "README.md").read_text(encoding="utf-8")
-    for line in ("DPO", "PPO", "RLOO", "best of 16"):
-        numbers = [row["preferred"] for row in rows if row["line"] == line]
-        error = statistics.stdev(numbers) / len(numbers) ** 0.5
-        told = f"{line} {statistics.fmean(numbers):.3f} ± {error:.3f}".replace(" 0.", " .")
-        assert len(numbers) == 6 and told in readme
+        words = statistics.fmean(row["words"] for row in rows
+                                 if row["line"] == line and row["update"] == 40)
+        name = line.replace("beta 0.05", "β = 0.05").replace("beta 0.0", "β = 0")
+        (shown,) = [row for row in README.split("\n") if row.startswith(f"| {name} |")]
+        assert shown.split("|")[2].strip() == f"{words:.1f}"
