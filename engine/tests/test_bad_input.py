@@ -342,13 +342,10 @@ def test_a_run_on_hostile_text(tmp_path, capsys):
     assert report.replace("\n", "").isprintable()
     links = re.findall(r"\]\((.*?)\)", report)
     assert set(links) <= {"curves.png"}, "a link that is not to our own pictures"
-    win_rates, measures, samples = (
-        [line for line in block.split("\n") if line.startswith("|")]
-        for block in re.split(r"\| measure \||\| post \| reference", report))
-    assert {line.count("|") for line in win_rates} == {6}
-    assert {line.count("|") for line in measures} == {3}
-    assert {line.count("|") for line in samples} == {5}
-    assert len(samples) == 1 + len(HOSTILE)  # the line under the header, then a line each
+    tables, samples = report.split("## Samples")
+    assert {line.count("|") for line in tables.split("\n") if line.startswith("|")} == {6, 5, 3}
+    assert samples.count("\n### ") == samples.count("\n**Post:** ") == len(HOSTILE)
+    assert samples.count("\n- **") == 3 * len(HOSTILE)  # reference, SFT, PPO
     with open(tmp_path / "run" / "samples.jsonl", encoding="utf-8") as lines:
         shown = [json.loads(line) for line in lines]
     assert [row["reference"] for row in shown] == [text.strip() for text in HOSTILE.values()]

@@ -33,7 +33,6 @@ from safetensors.torch import load_file, save_file
 import lm
 from engine import folder as folder_file
 from engine import main, origin, ppo, reward, sampling, sft, start
-from engine import report as report_file
 from engine.batches import one_step
 from engine.checkpoints import flatten, is_finished, put_back
 from engine.folder import Run
@@ -623,61 +622,6 @@ def test_the_declared_minimums_are_what_was_tested():
     for name, requirement in declared.items():
         found = Version(metadata.version(name)).base_version
         assert requirement.specifier.contains(found), f"{name} {found} is older than declared"
-
-
-def results_of(judge):
-    rate = {"win_rate": 0.5, "low": 0.4, "high": 0.6, "n": 9, "mean_length": 5.0,
-            "mean_length_other": 4.0, "judge": judge}
-    return {"seed": 0, "ppo_vs_sft": rate, "kl_per_summary": 1.0, "reward_sft": 0.0,
-            "reward_ppo": 1.0, "warnings": [], "seconds": {"total": 1.0}}
-
-
-SAMPLE = {"post": {"title": "t", "post": "p"}, "reference": "r", "sft": "s", "ppo": "q"}
-
-
-@pytest.mark.parametrize("error", [ImportError("numpy.core failed"), AttributeError("_ARRAY_API"),
-                                   ValueError("no font")])
-def test_a_picture_that_fails_is_said_in_the_report(error, tmp_path, monkeypatch, capsys):
-    def draw(*_):
-        raise error
-
-    monkeypatch.setattr(report_file, "draw", draw)
-    run = new_run(tmp_path / "run")
-    report_file.report(run, results_of("labeler"), [SAMPLE], [])
-    report = (run.folder / "report.md").read_text()
-    assert f"No picture: matplotlib can't draw here ({type(error).__name__}" in report
-    assert "curves.png" not in report and str(error) in capsys.readouterr().out
-
-
-def test_a_full_disk_is_no_reason_to_go_without_a_picture(tmp_path, monkeypatch):
-    def draw(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(report_file, "draw", draw)
-    run = new_run(tmp_path / "run")
-    with pytest.raises(OSError, match="No space left"):
-        report_file.report(run, results_of("labeler"), [SAMPLE], [])
-    assert not (run.folder / "report.md").exists(), "a resume would not draw it again"
-
-
-def test_a_judges_name_is_no_formula_and_no_markup(tmp_path, monkeypatch):
-    titles = []
-    monkeypatch.setattr(report_file, "draw", lambda path, shape, panels: titles.extend(
-        panel.settings["title"] for panel in panels))
-    run = new_run(tmp_path / "run")
-    report_file.report(run, results_of("./a$^$x *\nb"), [SAMPLE], [])
-    assert r"win rate (judge: ./a\$^\$x * b)" in titles
-    assert "judged by **./a$^$x &#42; b** on" in (run.folder / "report.md").read_text()
-
-
-def test_a_report_is_whole_before_anything_is_printed(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_file, "draw", lambda *_: None)
-    monkeypatch.setattr(sys, "stdout", NobodyReads())
-    run = new_run(tmp_path / "run")
-    with pytest.raises(OSError):
-        report_file.report(run, results_of("labeler"), [SAMPLE], [])
-    monkeypatch.undo()
-    assert (run.folder / "report.md").exists()
 
 
 @pytest.mark.slow

@@ -34,7 +34,6 @@ from engine.origin import describe
 from engine.settings import PRESETS, SettingError
 from engine.reward import RewardModel
 from engine.rows import load_comparisons, load_posts
-from judge import agreements
 from sft import SFTConfig
 
 VOCABULARY = 320  # rows of the models, more than the tokenizer's 284 tokens, as 50400 for 50257
@@ -440,16 +439,6 @@ def test_judges_that_think(template, accepted, hub, tmp_path):
     said = "./nowhere" if accepted else (f"--judge {folder}: this judge thinks before it answers: "
                                          "choose one that answers at once")
     assert said in stop.value.code and "\n" not in stop.value.code
-
-
-def test_the_report_says_what_its_judge_is_worth():
-    line = report_file.agreement_line(agreements({
-        "judge_agreement": {"judge": "me/judge", "win_rate": 60 / 90, "n": 90},
-        "reward_accuracy": 0.5, "reward_accuracy_longest_wins": 1.0, "reward_accuracy_n": 100}))
-    # Wilson at 1 of 1: n / (n + z^2); at one half: 1/2 +- 1/2 / sqrt(1 + n / z^2)
-    assert line == ("the judge me/judge 0.667 (0.564 - 0.755, n = 90); "
-                    "the reward model 0.500 (0.404 - 0.596, n = 100); "
-                    "pick-the-longer 1.000 (0.963 - 1.000, n = 100)")
 
 
 # ---------------------------------------------------------------------------- hub failures

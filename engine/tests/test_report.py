@@ -58,6 +58,16 @@ def test_what_a_report_says(tmp_path, undrawn, capsys):
     assert capsys.readouterr().out == "", "the caller prints"
 
 
+def test_who_agrees_with_the_labels_and_how_surely():
+    rows = report_file.agreement({
+        "judge_agreement": {"judge": "me/judge", "win_rate": 60 / 90, "n": 90},
+        "reward_accuracy": 0.5, "reward_accuracy_longest_wins": 1.0, "reward_accuracy_n": 100})
+    # Wilson at 1 of 1: n / (n + z^2); at one half: 1/2 +- 1/2 / sqrt(1 + n / z^2)
+    assert rows == [("the judge, me/judge", "0.667", "0.564 - 0.755", "90"),
+                    ("the reward model", "0.500", "0.404 - 0.596", "100"),
+                    ("whoever picks the longer summary", "1.000", "0.963 - 1.000", "100")]
+
+
 @pytest.mark.slow
 def test_each_number_of_a_run_has_its_sentence(tmp_path):
     results = rlhf_minimal.main(["--fast_dev_run", "--output_dir", str(tmp_path / "run")])
