@@ -407,12 +407,13 @@ def test_what_is_measured_of_the_reward_model(capsys):
     # the taste: of the three pairs that differ in it the first is scored as it says, and one label
     # is not. The ceiling: sigmoid(1) = .731059 and sigmoid(2) = .880797
     rows = [{"gap": gap, "log_odds": odds} for gap, odds in ((1, 1), (2, -2), (0, 1), (-.5, -2))]
-    results = judge.measure_reward_model(model, held_out, held_out, rows, tokenizer, warned.append)
+    pairs = [(query, worse, better) for query, better, worse in held_out]  # others than held out
+    results = judge.measure_reward_model(model, pairs, held_out, rows, tokenizer, warned.append)
     assert results == {**expected, "reward_accuracy_true_taste": pytest.approx(1 / 3),
                        "label_agreement": pytest.approx(2 / 3),
                        "reward_accuracy_ceiling": pytest.approx(0.805928),
                        "reward_accuracy_post_blind": judge.post_blind_accuracy(
-                           held_out, held_out, len(tokenizer))}
+                           pairs, held_out, 10)}
 
 
 def test_the_example(capsys):
