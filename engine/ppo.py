@@ -187,6 +187,10 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
     policy_adam = torch.optim.Adam(trainable(policy), lr=config.ppo_lr, eps=1e-5, fused=True)
     critic_adam = torch.optim.Adam(trainable(critic), lr=config.ppo_lr, eps=1e-5, fused=True)
     n_updates = max(1, config.ppo_episodes // config.ppo_batch_size)  # paper: 1M / 512 = 1,953
+    # Minibatches have other shapes than the pieces of a rollout, and in half precision these alone
+    # may move a log-prob
+    half = torch.is_autocast_enabled(policy.device.type)
+    gap = 0.5 if half and config.ppo_minibatches > 1 else 1e-3  # nats, before the first step
     for update in run.steps("ppo", n_updates, policy=policy, critic=critic,
                             policy_optimizer=policy_adam, critic_optimizer=critic_adam):
         lr = config.ppo_lr * linear_schedule(update, n_updates)  # B.1
@@ -211,7 +215,7 @@ def train_ppo(run, policy, reward_model, queries, tokenizer, config, evaluate=No
                         log_probs = response_log_probs(policy, *part.inputs, config.temperature,
                                                        part.k)
                         if update == 0 and n_steps == 0:  # nothing has changed yet: the ratio is 1
-                            check_first_update(log_probs.detach(), part)
+                            check_first_update(log_probs.detach(), part, gap)
                         loss, clipped = policy_loss(log_probs, part.log_probs, part.advantages,
                                                     part.mask, config.clip_range)
                         adam_step.add(loss * share)

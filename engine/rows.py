@@ -128,10 +128,11 @@ def read_csv(text):
     """[(line, row)], cells divided by commas, every cell a str: pandas would turn "NA" into nothing
     and "007" into 7. Capitals in the names of columns don't count."""
     csv.field_size_limit(2**31 - 1)  # characters of a cell: 131,072 unless it is set
+    first = re.sub('"[^"]*"', "", re.split("[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0])
+    if first.startswith("sep=") or "," not in first and re.search("[;\t|]", first):  # Excel's
+        raise ValueError(f"{first!r:.100} is not divided by commas; save the file with commas")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     header = [name.strip().lower() for name in next(filter(None, reader), [])]
-    if len(header) == 1 and re.search("^sep=|[;\t|]", header[0]):  # Excel's, in many countries
-        raise ValueError(f"{header[0]!r:.100} is not divided by commas; save the file with commas")
     if any(header.count(name) > 1 for name in header if name):
         raise ValueError(f"{','.join(header)!r:.100} has two columns of one name")
     # line_num is where a row ends: a quoted cell may have begun lines before. Blank lines give no
