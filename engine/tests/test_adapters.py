@@ -385,7 +385,7 @@ def test_a_reward_model_with_adapters(architecture, tmp_path):
     plain = build(sizes, 3)
     before = weights(plain)
     sft = adapters.add_adapter(plain, 2, 0)
-    some = SimpleNamespace(**{**vars(main.parse_settings([])), "lora_rank": 2, "reward_lr": 1e-2,
+    some = SimpleNamespace(**{**vars(main.parse([])), "lora_rank": 2, "reward_lr": 1e-2,
                               "checkpoint_activations": True, "reward_batch_size": 4})
     posts = [{"post": f"my dog {i}", "summary": "dog " * i} for i in range(1, 6)]
     references = [post["summary"] for post in posts]

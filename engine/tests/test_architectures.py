@@ -22,7 +22,7 @@ from engine.models import check_ids, load_for_training, load_language_model, shr
 from engine.settings import SettingError
 from engine.texts import (control_ids, decode_response, encode_responses, end_ids, front_ids,
                           ids_after, text_ids)
-from engine.main import parse_settings
+from engine.settings import parse as parse_settings
 from engine.packing import packed, response_log_probs, shares_post
 from engine.reward import RewardModel, final_scores
 from engine.sampling import sample_responses

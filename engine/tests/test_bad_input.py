@@ -224,7 +224,7 @@ def finished(tmp_path_factory):
         RewardModel(model).save_pretrained(folder / name)
     for name in ("results.json", "report.md"):
         (folder / name).write_text("{}")
-    settings = {**vars(main.parse_settings(["--response_length", "4"])),
+    settings = {**vars(main.parse(["--response_length", "4"])),
                 "files": {}, "environment": {}}
     (folder / "config.json").write_text(json.dumps(settings))
     return folder

@@ -329,7 +329,7 @@ def test_an_edited_or_new_source_file_refuses_a_resume_in_one_line(name, tmp_pat
     monkeypatch.setattr(origin, "__file__", str(copied / "engine" / "origin.py"))
     monkeypatch.setattr(start, "load_given", lambda *_: 1 / 0)
     arguments = ["--resume", "--output_dir", str(tmp_path / "run")]
-    config = origin.describe(vars(main.parse_settings(arguments)))
+    config = origin.describe(vars(main.parse(arguments)))
     new_run(tmp_path / "run", config).lock.release()
     with pytest.raises(ZeroDivisionError):
         main.main(arguments)  # nothing was edited: it goes on
@@ -538,7 +538,7 @@ def test_what_changed_on_the_hub_since_the_start_is_noticed(tmp_path, monkeypatc
 def test_a_folder_named_like_a_word_is_no_file_of_the_run(tmp_path, monkeypatch):
     """`--output_dir tiny` beside the preset of that name, say."""
     monkeypatch.chdir(tmp_path)
-    settings = vars(main.parse_settings(["--judge", "longest", "--summarize", "post.txt"]))
+    settings = vars(main.parse(["--judge", "longest", "--summarize", "post.txt"]))
     files = origin.describe(settings)["files"]
     for name in ("tiny", "auto", "longest", "post.txt"):
         Path(name).mkdir()
@@ -786,7 +786,7 @@ def test_ctrl_c_prints_the_command_that_goes_on(typed, words, tmp_path, monkeypa
         assert stop.value.code == 130
         command = capsys.readouterr().err.strip().split(" with: ")[1]
         assert command == f"python {script} {words} --resume"
-        settings = main.parse_settings(shlex.split(command.split(str(script))[1]))
+        settings = main.parse(shlex.split(command.split(str(script))[1]))
         assert settings.resume and not settings.restart
         assert settings.output_dir == ("r" if " r" in typed else "runs/tiny-1")
 

@@ -44,7 +44,7 @@ def make(name, seed=3):
 
 
 def settings(**changes):
-    return SimpleNamespace(**{**vars(main.parse_settings([])), **changes})
+    return SimpleNamespace(**{**vars(main.parse([])), **changes})
 
 
 # ---------------------------------------------------------------------------- models of the hub
@@ -281,13 +281,13 @@ def test_prompt_and_summary_as_the_model_was_trained(newlines, frame, hub):
 
 
 def test_the_full_preset_names_what_exists():
-    full = main.parse_settings(["--preset", "full"])
+    full = main.parse(["--preset", "full"])
     assert (full.sft_model, full.tokenizer, full.prompt_newlines) == (
         "CarperAI/openai_summarize_tldr_sft", "EleutherAI/gpt-j-6B", 1)
     assert full.judge == "Qwen/Qwen2.5-3B-Instruct" and full.lora_rank == 16
     assert (full.posts, full.comparisons) == (
         "vwxyzjn/summarize_from_feedback_tldr_3_filtered", "openai/summarize_from_feedback")
-    assert main.parse_settings(["--preset", "full", "--lora_rank", "0"]).lora_rank == 0
+    assert main.parse(["--preset", "full", "--lora_rank", "0"]).lora_rank == 0
 
 
 @pytest.mark.parametrize("given, tokenizer, newlines", [
@@ -295,7 +295,7 @@ def test_the_full_preset_names_what_exists():
     (["me/mine"], None, 2),  # GPT-J's tokenizer would fit Qwen's 152 k rows, and mean other words
     (["me/mine", "--tokenizer", "me/yours", "--prompt_newlines", "1"], "me/yours", 1)])
 def test_tokenizer_and_prompt_of_the_preset_are_its_own_models(given, tokenizer, newlines):
-    full = main.parse_settings(["--preset", "full", "--sft_model", *given])
+    full = main.parse(["--preset", "full", "--sft_model", *given])
     assert (full.tokenizer, full.prompt_newlines) == (tokenizer, newlines)
 
 

@@ -341,7 +341,7 @@ def test_a_plan_that_does_not_fit_is_refused_in_one_line_with_cures(capsys):
     assert [re.search(r"--\w+", cure)[0] for cure in cures] == [
         "--sft_model", "--rollout_batch_size", "--micro_batch_size", "--preset"], (
         "the largest first")
-    known = vars(main.parse_settings([]))
+    known = vars(main.parse([]))
     assert all(name[2:] in known for name in re.findall(r"--\w+", text))
 
 
@@ -362,7 +362,7 @@ def prepared(tmp_path, monkeypatch):
 
     def prepare(free, *words):
         monkeypatch.setattr(start, "available_memory", lambda _: (free, "a card"))
-        some = main.parse_settings(["--preset", "student", "--judge", "longest",
+        some = main.parse(["--preset", "student", "--judge", "longest",
                                             "--output_dir", str(tmp_path / "run"), *words])
         start.prepare_run(some)
         recorded = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -408,7 +408,7 @@ def test_the_full_preset_fits_on_80_gb_and_all_weights_of_6b_do_not():
     judge = Qwen2Config(vocab_size=151936, hidden_size=2048, num_hidden_layers=36,
                         num_attention_heads=16, num_key_value_heads=2, intermediate_size=11008,
                         tie_word_embeddings=True)
-    full = main.parse_settings(["--preset", "full"])
+    full = main.parse(["--preset", "full"])
     plan = memory_plan(full, gptj, judge)
     adapters = 16 * 28 * (4 * 2 * d + 2 * (d + 4 * d))
     assert plan["weights"] == 2 * n + 4 * (2 * adapters + d + 1)
@@ -439,4 +439,4 @@ def test_no_copies_of_weights_in_bfloat16_are_kept_for_the_whole_run(tmp_path, m
                            "main.supervised_baseline": look}.items():
         monkeypatch.setattr(f"engine.{name}", function)
     with pytest.raises(SettingError, match="bfloat16, then 0.0"):
-        main.run_all(main.parse_settings(["--output_dir", str(tmp_path / "run")]))
+        main.run_all(main.parse(["--output_dir", str(tmp_path / "run")]))

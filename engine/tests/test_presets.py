@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, RobertaC
 from engine import main, start
 from engine.adapters import add_adapter, save_plain
 from engine.folder import Run
-from engine.main import parse_settings
+from engine.settings import parse as parse_settings
 from engine.settings import PRESETS, SettingError
 
 FEW = ["--ppo_episodes", "48", "--ppo_batch_size", "16", "--reward_batch_size", "4",

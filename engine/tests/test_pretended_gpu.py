@@ -301,7 +301,7 @@ class FlowRun:
 
 
 def settings(*words):
-    return main.parse_settings([str(word) for word in words])
+    return main.parse([str(word) for word in words])
 
 
 def flow(mode, config, lora_rank, k):

@@ -272,7 +272,7 @@ def whole_run(folder, *flags, patched={}):
     with pytest.MonkeyPatch.context() as patch:
         for name, function in {"start.start_processes": lambda device: "cpu", **patched}.items():
             patch.setattr(f"engine.{name}", function)
-        main.run_all(main.parse_settings(
+        main.run_all(main.parse(
             ["--fast_dev_run", "--output_dir", str(folder), *flags]))
 
 
