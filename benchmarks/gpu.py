@@ -147,7 +147,7 @@ class MeasuredRun:
             yield step
         self.lap("policy step" if name == "policy loss" else "critic step")
 
-    def put_down_gaps(self, log_probs, part):
+    def put_down_gaps(self, log_probs, part, *_):
         """What ppo.check_first_update compares; and what it would be if the update had cut its
         microbatches anew: half as many rows, with 37 more columns of padding."""
         self.lap("policy step")
