@@ -30,6 +30,7 @@ import shlex
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
@@ -192,8 +193,8 @@ class Run:
     def __init__(self, settings):
         self.folder, self.device, self.times = Path(settings.output_dir), settings.device, {}
         config, name = describe(settings), f"--output_dir {settings.output_dir}"
-        old = json.loads(self.read("config.json") or "{}")
-        if self.folder.exists() and any(self.folder.iterdir()):
+        old = self.read_config()
+        if self.folder.exists() and {*os.listdir(self.folder)} - {"unfinished"}:
             if "environment" not in old:
                 raise SettingError(f"{name} holds other files: nothing is ever deleted there, "
                                    "choose a new folder")
@@ -221,6 +222,12 @@ class Run:
 
     def read(self, name):
         return (self.folder / name).read_text(encoding="utf-8") if self.has(name) else ""
+
+    def read_config(self):
+        """config.json, which says that the folder is a run's; {} where it is damaged or missing."""
+        with suppress(ValueError, TypeError):
+            return dict(json.loads(self.read("config.json") or "{}"))
+        return {}
 
     def remove(self, name):
         shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -345,6 +352,8 @@ def parse_settings(arguments):
     if unknown or settings.judge not in judge.JUDGES:
         return None
     check_settings(settings)
+    if settings.resume and settings.restart:
+        refuse("--resume and --restart: expected one of them")
     devices = ("cpu", "cuda")[: 1 + torch.cuda.is_available()]
     if settings.device == "auto":
         settings.device = devices[-1]
@@ -371,15 +380,6 @@ def print_end(run, results, samples, show=str):
           f"{results['seconds']['total']:.0f} s; see {run.folder}")
 
 
-def peak_memory_bytes():
-    """Largest resident memory of this process (Linux counts in KiB, macOS in bytes)."""
-    if sys.platform == "win32":
-        return None
-    import resource  # Windows has none
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def main(arguments=()):
     """Run the command line `arguments`; from a notebook, main([]) is a default run."""
     logging.set_verbosity_error()  # of transformers: its advice is not about this run
@@ -388,6 +388,9 @@ def main(arguments=()):
     try:
         settings = parse_settings(arguments)
         if not settings:  # real models and data: the same loop, grown up
+            if not (ROOT / "engine").exists():  # in a hand-out, say
+                refuse(f"{shlex.join(arguments)}: what is no setting of the tiny world needs "
+                       "engine/, which isn't here")
             from engine.main import main as engine_main
             return engine_main(arguments)
         run = Run(settings)
@@ -396,7 +399,10 @@ def main(arguments=()):
         results, samples = run_all(run, settings)
         results["seconds"] = {stage: end - begin for stage, (begin, end) in run.times.items()}
         results["seconds"]["total"] = time.perf_counter() - started
-        results["peak_memory_bytes"] = peak_memory_bytes()
+        with suppress(ImportError):  # of resource, on Windows; macOS counts in bytes, Linux in KiB
+            import resource
+            results["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024)
         run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
         run.write("results.json", results)
         print_end(run, results, samples)
@@ -406,13 +412,14 @@ def main(arguments=()):
             told = json.loads(atlas.read_text(encoding="utf-8")) if atlas.exists() else {}
             report(run, results, samples, told.get("healthy"))
         return results
-    except (SettingError, DataError, ModuleNotFoundError) as error:  # a hand-out has no engine
+    except (SettingError, DataError, OSError) as error:
         sys.exit(f"rlhf_minimal: {error}")
     except (FloatingPointError, RuntimeError) as error:
         if "finite" not in str(error):
             raise
-        sys.exit(f"rlhf_minimal: after {run.lines[-1:]}: {error} Lower that stage's rate, and "
-                 "begin anew with --restart")
+        sys.exit(f"rlhf_minimal: {str(error).split('. ')[0]}. The last step before it: "
+                 f"{(run.lines or ['none'])[-1]}. Lower the rate of what came next, and begin anew "
+                 "with --restart")
     except KeyboardInterrupt:
         words = [word for word in arguments if word not in ("--resume", "--restart")]
         words += ["--output_dir", settings.output_dir, "--resume"]

@@ -230,7 +230,7 @@ def summarize(settings):
     if not text:
         raise SettingError(f"--summarize {settings.summarize}: expected a post, found no text")
     for name in ("query_length", "prompt_newlines", "summary_length", "response_length"):
-        value = recorded(folder, name) or {"prompt_newlines": 2}.get(name)  # the plain house's
+        value = recorded(folder, name, {"prompt_newlines": 2}.get(name))  # the plain house's
         if type(value) is not int:
             raise SettingError(f"--output_dir {folder}: expected the settings of a run in "
                                f"config.json, found no {name}; run it again, or choose another")
@@ -248,11 +248,7 @@ def summarize(settings):
 
 def command_to_resume(arguments, settings):
     """The command that goes on with a run that was begun with these arguments."""
-    words, left_out = [], False
-    for word in arguments:
-        flag = word.split("=")[0] in ("--resume", "--restart")
-        left_out = flag or left_out and not word.startswith("-")  # the true of --restart true, too
-        words += [] if left_out else [word]
+    words = [word for word in arguments if word not in ("--resume", "--restart")]
     if settings and settings.output_dir not in (None, *words):
         words += ["--output_dir", settings.output_dir]
     folder, n = Path(__file__).resolve().parent, n_processes()

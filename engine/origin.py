@@ -80,9 +80,9 @@ def read_config(folder):
         return {}
 
 
-def recorded(folder, name):
-    """A setting of the run in a folder, None where there is none."""
-    return read_config(folder).get(name)
+def recorded(folder, name, default=None):
+    """A setting of the run in a folder, the default where there is none."""
+    return read_config(folder).get(name, default)
 
 
 def by_name(config):

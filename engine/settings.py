@@ -45,6 +45,7 @@ class ModelConfig:
     lora_rank: int = 0  # of adapters; 0 = train all weights, as the paper does
     micro_batch_size: int = 0  # rows in memory at a time; 0 = the whole batch
     rollout_batch_size: int = 0  # rows sampled at a time; 0 = the whole batch
+    checkpoint_activations: bool = None  # less memory, a third more compute; None: if it is short
 
 
 TLDR = {  # the paper's data (3.2, 3.3) as the hub has it
@@ -93,6 +94,7 @@ def parse(arguments):
     """
     parser = make_parser(RunConfig, ToyConfig, ModelConfig, SFTConfig, RewardConfig, PPOConfig,
                          JudgeConfig)
+    parser.conflict_handler = "resolve"  # this one instead of a flag that can't be None or false
     parser.add_argument(
         "--checkpoint_activations", nargs="?", const=True, type=json.loads, help="less memory, a "
         "third more compute; by itself true, else true or false (default: if memory is short)")

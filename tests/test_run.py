@@ -216,7 +216,7 @@ def kill_at(moment, place):
         file = run.folder / "unfinished" / "model.safetensors"
         os.truncate(file, file.stat().st_size // 2)
 
-    rlhf_minimal.os = SimpleNamespace(replace=os.replace)  # its own, not everybody's
+    rlhf_minimal.os = SimpleNamespace(replace=os.replace, listdir=os.listdir)  # its own, not everybody's
     event(rlhf_minimal.os, "replace", "before", lambda *_: None)
     event(rlhf_minimal.os, "replace", "after", lambda really, *paths: really(*paths))
     event(Path, "write_text", "file", lambda really, path, text: really(path, text[:30]))
