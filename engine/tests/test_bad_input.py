@@ -288,7 +288,7 @@ def test_a_run_that_is_not_finished(summarize):
 @pytest.mark.parametrize("config, said", [
     *[(text, "expected the settings of a run in config.json") for text in (
         "", "{}", "[]", "3", '{"query_length": 51', "[" * 100_000, '{"query_length": "512"}')],
-    ('{"response_length": 0}', "--response_length 0: expected more than 0")])
+    ('{"response_length": 0}', "--response_length 0: expected 1 to")])
 def test_a_run_with_damaged_settings(summarize, config, said):
     def change(folder):
         path, whole = folder / "config.json", config

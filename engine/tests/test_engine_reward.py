@@ -60,7 +60,7 @@ def test_the_model_refuses_unequal_shapes():
 # ---------------------------------------------------------------------------- initialisation
 
 
-@pytest.mark.parametrize("width, copies, std", [(3, 300, .5), (128, 10, .088045)])
+@pytest.mark.parametrize("width, copies, std", [(3, 100, .5), (128, 10, .088045)])
 def test_head_init(width, copies, std):
     language_model = build(GPT2Config(vocab_size=4, n_embd=width, n_layer=0, n_head=1,
                                       n_positions=4))
@@ -69,7 +69,7 @@ def test_head_init(width, copies, std):
         models = [RewardModel(language_model) for _ in range(copies)]
     assert all((model.head.bias == 0).all() for model in models), "the bias of the head starts at 0"
     weights = torch.cat([model.head.weight.detach().flatten() for model in models])
-    assert abs(weights.std() / std - 1) < .09, (  # of about 1000 numbers: known to 2.3 %
+    assert abs(weights.std() / std - 1) < .12, (  # of 300 numbers: known to 4 %
         f"std {weights.std():.4f}, expected {std}: the *variance* is 1 / (d + 1); "
         "nn.Linear's own is 1 / (3 d)")
     assert abs(weights.mean()) < 4 * std / math.sqrt(len(weights)), "mean 0"

@@ -105,7 +105,6 @@ def test_bytes_are_counted_while_a_tensor_lives():
 
 
 CONFIGS = {
-    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=40),
     "an embedding of another width": OPTConfig(
         vocab_size=40, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
         word_embed_proj_dim=16, do_layer_norm_before=False),

@@ -530,6 +530,7 @@ FILES_OF_POSTS = [
     *(("rows.csv", f"post{mark}summary\na{mark}b\n", "is not divided by commas; save the file with "
        "commas") for mark in ";\t|"),
     ("rows.csv", "sep=;\npost;summary\na;b\n", "'sep=;' is not divided by commas"),
+    ("rows.csv", '"post";"summary"\n"a";"b"\n', "is not divided by commas; save the file with"),
     ("rows.csv", "post,summary\na,b\n".encode("utf-16"), "line 1 has the byte 0xff, which is of "
      "another encoding; save the file as UTF-8"),
     ("rows.csv", "subreddit,title,post\na,b,c\n", "row 2, summary: expected text, got None"),
