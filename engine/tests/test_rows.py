@@ -422,19 +422,45 @@ def test_a_cell_of_any_length(write):
 # ---------------------------------------------------------------------------- bad rows
 
 
-BAD_ROWS = {  # the schema is tldr's, and so are the tests of its fields
+BAD_ROWS = {  # name: (row, what the message says)
+    "choice missing": (without(comparison(), "choice"), "choice: expected 0 or 1, got None"),
+    "choice null": (comparison(choice=None), "choice: expected 0 or 1, got None"),
+    "choice text": (comparison(choice="1"), "choice: expected 0 or 1, got '1'"),
     "choice true": (comparison(choice=True), "choice: expected 0 or 1, got True"),
+    "choice false": (comparison(choice=False), "choice: expected 0 or 1, got False"),
+    "choice half": (comparison(choice=0.5), "choice: expected 0 or 1, got 0.5"),
+    "choice float": (comparison(choice=1.0), "choice: expected 0 or 1, got 1.0"),
+    "choice -1": (comparison(choice=-1), "choice: expected 0 or 1, got -1"),
+    "choice 2": (comparison(choice=2), "choice: expected 0 or 1, got 2"),
+    "choice list": (comparison(choice=[0]), "choice: expected 0 or 1, got [0]"),
+    "no summaries": (without(comparison(), "summaries"), "summaries: expected two, got None"),
+    "null summaries": (comparison(summaries=None), "summaries: expected two"),
+    "zero summaries": (comparison(summaries=[]), "summaries: expected two"),
+    "one summary": (comparison(summaries=summaries("a")), "summaries: expected two"),
+    "three summaries": (comparison(summaries=summaries("a", "b", "c")), "summaries: expected two"),
+    "text summaries": (comparison(summaries="ab"), "summaries: expected two, got 'ab'"),
+    "list of texts": (comparison(summaries=["a", "b"]), "summaries[0]: expected an object"),
     "null text": (comparison(summaries=summaries("a", None)), "summaries[1].text: expected text"),
+    "number text": (comparison(summaries=summaries(7, "b")), "summaries[0].text: expected text"),
+    "no text": (without(comparison(), "summaries", 1, "text"), "summaries[1].text: expected text"),
+    "number policy": (comparison(summaries=[{"text": "a", "policy": 1}, {"text": "b"}]),
+                      "summaries[0].policy: expected text, got 1"),
     "columns of three": (comparison(summaries={"text": ["a", "b", "c"], "policy": ["x", "y"]}),
                          "summaries: expected two"),
     "columns, a text short": (comparison(summaries={"text": ["a"], "policy": ["x", "y"]}),
                               "summaries[1].text: expected text, got None"),
     "columns of text": (comparison(summaries={"text": "ab", "policy": "xy"}),
                         "summaries: expected two"),
+    "no info": (without(comparison(), "info"), "info: expected an object"),
+    "info text": (comparison(info="post"), "info: expected an object"),
+    "no post": (without(comparison(), "info", "post"), "info.post: expected text, got None"),
+    "null post": (changed(post=None), "info.post: expected text, got None"),
     "post list": (changed(post=["a"]), "info.post: expected text, got ['a']"),
+    "title number": (changed(title=3), "info.title: expected text, got 3"),
     "half a character": (changed(post="a\ud83d"), r"info.post: expected text, got 'a\ud83d'"),
     "split number": (comparison(split=1), "split: expected text, got 1"),
     "not an object": (["a"], "whole row: expected a value per field, got ['a']"),
+    "a number": (3, "whole row: expected a value per field, got 3"),
     "null row": (None, "whole row: expected a value per field, got None"),
     "news with a bad label": ({**news(), "choice": 2}, "choice: expected 0 or 1, got 2"),
     "the other kind of file": (post(), "info: expected an object with post, title and subreddit"),
@@ -455,10 +481,15 @@ def test_bad_comparison(write, name, as_array):
 
 
 @pytest.mark.parametrize("row, fragment", [
+    (without(post(), "post"), "post: expected text, got None"),
     (without(post(), "summary"), "summary: expected text, got None"),
+    (post(summary=None), "summary: expected text, got None"),
+    (post(summary=123), "summary: expected text, got 123"),
     (post(subreddit=["a"]), "subreddit: expected text, got ['a']"),
+    (post(None), "post: expected text, got None"),
     ("post", "whole row: expected a value per field, got 'post'"),
-    (comparison(), "post: expected text, got None")])  # the other kind of file
+    (comparison(), "post: expected text, got None"),  # the other kind of file
+])
 def test_bad_post(write, row, fragment):
     path = write([post(), row])
     assert message(load_posts, path).startswith(f"{path}: row 2, {fragment}")
