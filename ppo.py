@@ -33,6 +33,7 @@ from lm import linear_schedule, masked_mean, pad, response_log_probs, sample, ze
 
 @dataclass
 class PPOConfig:
+    # Each line is a flag of rlhf_minimal.py, and its comment the help; bounds: RANGES there
     # 3e-4 and batches of 64: so small a model takes larger rates, and learns from fewer summaries
     ppo_lr: float = 3e-4  # paper: 1.5e-5 (1.3B), linear decay (B.1)
     ppo_episodes: int = 2560  # summaries sampled in all; paper: 1M (B.1)
@@ -170,8 +171,8 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
 
     The critic learns to predict the returns. Once a value has moved by clip_range towards its
     return, from what it was when the summaries were sampled, it gets no more gradient. All (B, T)
-    -> the masked mean, and the fraction of tokens where the
-    clipped term is larger. Raises ValueError on unequal shapes or an empty mask.
+    -> the masked mean, and the fraction of tokens where the clipped term is larger. Raises
+    ValueError on unequal shapes or an empty mask.
     """
     check_shapes(values=values, old_values=old_values, returns=returns, mask=mask)
     mask = check_mask(mask)
@@ -287,7 +288,7 @@ def train_ppo(policy, reward_model, queries, tokenizer, config, seed, log,
     critic_adam = torch.optim.Adam(critic.parameters(), lr=config.ppo_lr, eps=1e-5, fused=True)
     n_updates = max(1, config.ppo_episodes // config.ppo_batch_size)  # paper: 1M / 512 = 1,953
     for update in tqdm(range(n_updates), "ppo", leave=False, disable=None):
-        # The rate of both decays linearly (B.1). Beta never adapts: it is fixed in the paper (B.1).
+        # The rate of both decays linearly (B.1). In the paper beta is fixed (B.1).
         lr = config.ppo_lr * linear_schedule(update, n_updates)
         policy_adam.param_groups[0]["lr"] = critic_adam.param_groups[0]["lr"] = lr
 
@@ -301,7 +302,7 @@ def train_ppo(policy, reward_model, queries, tokenizer, config, seed, log,
                         generator_for(seed, "ppo", update, device=policy.device))
 
         # Four passes over it (B.1), in each of them a step of both networks for each minibatch.
-        # There is no entropy bonus, since the KL penalty does its work (3.4).
+        # The paper has no entropy bonus: the KL penalty does its work (3.4).
         steps = []
         for epoch in range(config.ppo_epochs):
             shuffle = generator_for(seed, "ppo epoch", update, epoch)
@@ -347,7 +348,8 @@ def batch_metrics(batch):
         "kl_per_summary": batch.kl.mean().item(),  # nats
         "length": batch.mask.sum(1).float().mean().item(),  # tokens
         "ended": batch.ended.float().mean().item(),
-        # -log pi of what was sampled: on average the entropy, in nats per token
+        # -log pi of what was sampled: on average the entropy, nats per token (no loss: its gradient
+        # is zero on average)
         "entropy": -batch.log_probs[batch.mask].mean().item(),
         # 1: the critic foresees each return; 0: it knows no more than their mean; below: less
         "explained_variance": 1 - ((returns - values).var() / returns.var()).item()}

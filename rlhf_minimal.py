@@ -297,7 +297,7 @@ COUNTS = ("sft_batch_size sft_epochs reward_batch_size reward_epochs ppo_episode
           "ppo_epochs ppo_minibatches return_sequences response_length query_length summary_length "
           "toy_posts toy_comparisons toy_held_out toy_width toy_layers toy_heads judge_posts "
           "judge_during best_of_n").split()
-# What numbers may be, from least to most; any other one only has to be finite
+# What numbers may be, from least to most; one that is not named here may be any finite number
 RANGES = dict.fromkeys(COUNTS, (1, 2**31 - 1)) | dict.fromkeys(
     ("sft_lr", "reward_lr", "ppo_lr", "kl_beta", "value_weight", "judge_every"), (0, 1e6)) | {
     "clip_range": (1e-9, 1e6), "clip_range_value": (1e-9, 1e6), "max_grad_norm": (1e-9, 1e6),
@@ -316,8 +316,10 @@ def make_parser(*configs):
         source = inspect.getsource(config)
         for field in fields(config):
             words = (re.search(rf"^    {field.name}:.*?  # (.*)$", source, re.M) or ("", ""))[1]
-            kind = {"action": "store_true"} if field.type is bool else {
-                "type": field.type, "metavar": "", "default": field.default}
+            kind = {"type": field.type, "metavar": "", "default": field.default}
+            if field.type is bool:  # None: neither yes nor --no-...
+                kind = {"action": {False: "store_true", None: argparse.BooleanOptionalAction}[
+                    field.default]}
             parser.add_argument(f"--{field.name}", **kind, help=words.replace("%", "%%")
                                 + f" (default: {field.default})")
     return parser
@@ -350,6 +352,9 @@ def parse_settings(arguments):
         parser.set_defaults(**FAST)  # what is typed always counts
     settings, unknown = parser.parse_known_args(arguments)
     if unknown or settings.judge not in judge.JUDGES:
+        if not (ROOT / "engine").exists():  # in a hand-out, say
+            refuse(f"{shlex.join(unknown) or settings.judge}: no setting of the tiny world, and "
+                   "engine/, which may know it, isn't here")
         return None
     check_settings(settings)
     if settings.resume and settings.restart:
@@ -388,9 +393,6 @@ def main(arguments=()):
     try:
         settings = parse_settings(arguments)
         if not settings:  # real models and data: the same loop, grown up
-            if not (ROOT / "engine").exists():  # in a hand-out, say
-                refuse(f"{shlex.join(arguments)}: what is no setting of the tiny world needs "
-                       "engine/, which isn't here")
             from engine.main import main as engine_main
             return engine_main(arguments)
         run = Run(settings)

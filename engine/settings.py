@@ -4,7 +4,6 @@ Each stage's own settings stand beside the stage (`sft.SFTConfig`, `reward.Rewar
 the paper's value in the comment. `parse` puts all of them on one command line.
 """
 
-import json
 import os
 from dataclasses import dataclass
 
@@ -94,10 +93,6 @@ def parse(arguments):
     """
     parser = make_parser(RunConfig, ToyConfig, ModelConfig, SFTConfig, RewardConfig, PPOConfig,
                          JudgeConfig)
-    parser.conflict_handler = "resolve"  # this one instead of a flag that can't be None or false
-    parser.add_argument(
-        "--checkpoint_activations", nargs="?", const=True, type=json.loads, help="less memory, a "
-        "third more compute; by itself true, else true or false (default: if memory is short)")
     settings, _ = parser.parse_known_args(arguments)
     if settings.preset not in PRESETS:
         refuse(f"--preset {settings.preset}: expected one of {', '.join(PRESETS)}")

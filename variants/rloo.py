@@ -4,7 +4,8 @@ Each of the k summaries of a post is compared with the other ones. Read it besid
 What changes: the advantage is that of a whole summary, and the same at each of its tokens; there is
 no critic and no value loss; a batch is used for one step, so that nothing is clipped. What stays:
 the reward with its KL penalty, the batch, the rate and its decay. `python variants/rloo.py` prints
-a worked example; `python figures/make.py contrast` draws it beside PPO, best of n, DPO and SFT.
+a worked example; `python figures/make.py contrast` draws it beside PPO, best of n, DPO and SFT. To
+have it in the loop, put train_rloo in place of train_ppo in rlhf_minimal.run_all (no critic).
 """
 
 import copy
