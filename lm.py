@@ -256,7 +256,8 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
 def encode_texts(texts, tokenizer):
     """Token ids of each text, with nothing added, and all of it text: where somebody has typed
     "<|endoftext|>", nothing ends."""
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return tokenizer(texts, add_special_tokens=False,
+                     split_special_tokens=True)["input_ids"] if texts else []
 
 
 def encode_responses(summaries, tokenizer, limit):

@@ -396,10 +396,12 @@ def main(arguments=()):
             from engine.main import main as engine_main
             return engine_main(arguments)
         run = Run(settings)
-        if run.has("report.md"):
-            return print(f"{run.folder} is finished, nothing to resume: see its report.md")
+        last = "report.md" if (ROOT / "engine").exists() else "results.json"
+        if run.has(last):
+            return print(f"{run.folder} is finished, nothing to resume: see its {last}")
         results, samples = run_all(run, settings)
-        results["seconds"] = {stage: end - begin for stage, (begin, end) in run.times.items()}
+        results["seconds"] = {stage: end - begin for stage, (begin, end) in run.times.items()
+                              if stage != "judge"}  # it falls within ppo
         results["seconds"]["total"] = time.perf_counter() - started
         with suppress(ImportError):  # of resource, on Windows; macOS counts in bytes, Linux in KiB
             import resource
@@ -407,12 +409,12 @@ def main(arguments=()):
                 1 if sys.platform == "darwin" else 1024)
         run.write("samples.jsonl", "".join(json.dumps(row) + "\n" for row in samples))
         run.write("results.json", results)
-        print_end(run, results, samples)
         if (ROOT / "engine").exists():  # a hand-out may be made of the root files alone
             from engine.report import report
             atlas = ROOT / "figures" / "symptoms.json"  # where ten default runs were
             told = json.loads(atlas.read_text(encoding="utf-8")) if atlas.exists() else {}
             report(run, results, samples, told.get("healthy"))
+        print_end(run, results, samples)
         return results
     except (SettingError, DataError, OSError) as error:
         sys.exit(f"rlhf_minimal: {error}")

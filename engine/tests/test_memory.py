@@ -391,10 +391,10 @@ def test_activations_are_kept_where_there_is_room(prepared, capsys):
 
 def test_what_was_asked_for_stays(prepared, capsys):
     assert prepared(30, "--checkpoint_activations") is True, "no value is needed"
-    assert prepared(30, "--checkpoint_activations", "true", "--restart") is True
-    assert prepared(30, "--checkpoint_activations", "false", "--restart") is False
+    assert prepared(30, "--checkpoint_activations", "--restart") is True
+    assert prepared(30, "--no-checkpoint_activations", "--restart") is False
     with pytest.raises(SettingError, match="are needed and a card has"):
-        prepared(15, "--checkpoint_activations", "false", "--restart")
+        prepared(15, "--no-checkpoint_activations", "--restart")
     assert "(--checkpoint_activations)" not in capsys.readouterr().out
 
 
