@@ -27,7 +27,7 @@ BUGS = [
         "cuts_only_the_post|cue", "long posts have no TL;DR: cue, and the model goes on with the "
         "story", "B.2: truncated to the last newline of the post"),
     Bug("typed control tokens end a text", "lm.py",
-        ", split_special_tokens=True)", ")", "typed",
+        "split_special_tokens=True", "split_special_tokens=False", "typed",
         "a summary that quotes <|endoftext|> ends there", "B.2"),
     Bug("chosen and rejected are exchanged when the rows are read", "engine/schema.py",
         '"chosen": texts[choice], "rejected": texts[1 - choice]',
