@@ -34,7 +34,6 @@ from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
-from statistics import fmean as mean
 
 import torch
 from transformers import AutoModelForCausalLM, logging

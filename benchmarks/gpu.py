@@ -35,7 +35,7 @@ from unittest.mock import patch
 
 import torch
 import transformers
-from common import HERE, Endings, draw_lengths, make_prompts
+from common import Endings, draw_lengths, make_prompts
 from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig, Qwen2Config

@@ -39,7 +39,7 @@ from judge import best_of_n, best_of_n_kl, compare_summaries, describe_samples, 
 from judge import judge_the_judge, measure_reward_model, reward_model_judge
 from lm import generator_for
 from reward import normalize, preference_accuracy, score_summaries
-from rlhf_minimal import print_end
+from rlhf_minimal import compare, print_end
 
 
 def run_all(settings):
@@ -137,24 +137,12 @@ def collect_comparisons(run, settings, compared, held_out, tokenizer, writes, sf
     and held out, the held-out rows as text, and the first results."""
     results = {"preset": settings.preset, "seed": settings.seed}
     if not settings.posts:
-        compared, results["fact_accuracy"] = compare_in_tiny_world(
-            run, settings, compared, "train", writes, sft)
-        held_out, _ = compare_in_tiny_world(run, settings, held_out, "held out", writes, sft)
+        with run.timed("comparisons"):
+            compared, results["fact_accuracy"] = compare(settings, compared, "train",
+                                                         partial(writes, sft))
+            held_out, _ = compare(settings, held_out, "held out", partial(writes, sft))
     pairs, _ = encode_pairs(compared, tokenizer, settings)
     return pairs, *encode_pairs(held_out, tokenizer, settings), results
-
-
-def compare_in_tiny_world(run, settings, posts, name, writes, sft):
-    """Sample summaries from the SFT model and let the labeler choose (toy.make_comparisons)."""
-    with run.timed(f"comparisons, {name}"):
-        # two samples of a quarter of the posts, one of another quarter; the rest needs none
-        samples = [writes(sft, posts[:count], settings.temperature, name, i)
-                   for i, count in enumerate((len(posts) // 2, len(posts) // 4))]
-        comparisons = toy.make_comparisons(posts, *samples, f"{name} {run.seed}",
-                                           settings.toy_length_bias)
-    print(f"comparisons, {name}: {len(comparisons)} labelled, {len(posts) - len(comparisons)} left "
-          "out as their summaries are identical")
-    return comparisons, toy.fact_accuracy(posts, samples[0])
 
 
 def make_reward_model(run, settings, pairs, queries, references, tokenizer, sft, given):

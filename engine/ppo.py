@@ -17,8 +17,8 @@ from engine.sampling import sample_responses
 from engine.texts import end_ids
 from lm import check_finite, generator_for, get_response_mask, is_eos, join, linear_schedule
 from lm import masked_mean, zero_off
-from ppo import compute_gae, kl_penalized_rewards, penalize_missing_eos, policy_loss, value_loss
-from ppo import whiten
+from ppo import check_first_update, compute_gae, kl_penalized_rewards, penalize_missing_eos
+from ppo import policy_loss, value_loss, whiten
 
 
 @dataclass
@@ -142,22 +142,6 @@ def minibatches(batch, config, generator):
         counts = [wide(part.mask.sum()) for part in parts]
         total = sum_over_processes(torch.stack(counts).sum())
         yield [(part, count / total) for part, count in zip(parts, counts)]
-
-
-def check_first_update(log_probs, part, tolerance=1e-3):
-    """Before the first update the policy is both the sampler and the SFT model: ratio 1, KL 0.
-
-    Raises RuntimeError otherwise: then padding, positions, dropout or precision differ between two
-    forward passes of one model, and every later ratio would be wrong by as much.
-    """
-    for name, other in (("old", part.log_probs), ("reference", part.ref_log_probs)):
-        gap = zero_off((log_probs - other).abs(), part.mask).max().item()
-        if not gap <= tolerance:
-            raise RuntimeError(
-                f"before the first update the policy's log-probs differ from the {name} ones by "
-                f"{gap:.2g} nats (at most {tolerance:g} expected): the ratio is not 1 or the KL not"
-                " 0. Look for dropout, position ids that count padding, a mask shifted by one, or "
-                "half precision")
 
 
 def other_networks(policy, reward_model, critic, config):

@@ -8,7 +8,6 @@ top.
 
 import functools
 import math
-import random
 import re
 
 import pytest

@@ -5,7 +5,6 @@ plain Python (they share no code with ours), an exact expectation over four toke
 rollout gathers: whose numbers are whose. The loop itself is in test_loop.py.
 """
 
-import copy
 import math
 from types import SimpleNamespace
 

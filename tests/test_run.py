@@ -24,11 +24,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import ppo
 import rlhf_minimal
 import toy
 from reward import RewardModel
-from rlhf_minimal import Run, SettingError, parse_settings
+from rlhf_minimal import Run, parse_settings
 
 ROOT = Path(rlhf_minimal.__file__).resolve().parent
 TINY = ("--seed 4 --toy_posts 96 --toy_comparisons 64 --toy_held_out 12 --toy_width 16 "

@@ -17,7 +17,6 @@ from common import (ARCHITECTURES, ROOT, TOKENIZER, build, config, flat, new_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lm
-import toy
 from engine import batches, main, packing, ppo, reward, sampling, sft
 from lm import generator_for
 from ppo import PPOConfig, compute_gae, kl_penalized_rewards
@@ -563,22 +562,3 @@ def test_default_run_learns(tmp_path):
     assert results["reward_accuracy"] > results["reward_accuracy_post_blind"] + 0.03
     assert min(results["fact_accuracy"].values()) > 0.85
     assert (tmp_path / "run" / "report.md").stat().st_size > 1000
-
-
-def test_the_labelers_price_of_a_word_reaches_the_labels():
-    """Half of the posts have summaries of 2 and 5 words, or one of 2 against the reference."""
-    @contextmanager
-    def timed(name):
-        yield
-
-    def writes(model, posts, temperature, name, i):
-        return [("My boss.", "My boss sold my car.")[i]] * len(posts)
-
-    posts, run = toy.make_posts(8, 0), SimpleNamespace(seed=0, timed=timed)
-    settings = SimpleNamespace(temperature=1.0, toy_length_bias=2.0)
-    rows, _ = main.compare_in_tiny_world(run, settings, posts, "train", writes, None)
-    assert len(rows) == 8
-    for row in rows:
-        more_words = len(row["chosen"].split()) - len(row["rejected"].split())
-        assert row["log_odds"] == pytest.approx((row["gap"] + 2.0 * more_words) / toy.NOISE)
-    assert any(len(row["chosen"].split()) != len(row["rejected"].split()) for row in rows)
