@@ -4,14 +4,17 @@ Read beside it: section 3.3 and App. C.5 with Table 6 (how people compared two s
 they looked for), 4.1 and Fig. 1 (the measure: how often a policy's summary is preferred to the
 human reference), App. F (what of that is length), G.3 and Table 10 (best of n). A judge is any
 callable: judge(posts, summaries_a, summaries_b) -> a list of "A" | "B" | None, None = it abstains.
+A post is a dict: "subreddit", "title", "post" and "summary" (the reference); in the tiny world also
+"facts", which only its labeler may look at.
 
 What differs from the paper, and why:
 
 - The judge. The paper paid people. Here the tiny world's labeler, the reward model or a ruler
   judges, and a win rate means nothing without the name of its judge. What a judge is worth is
   measured first, on the labels of held-out comparisons (judge_the_judge).
-- Both orders. The paper does not say which summary stood first. Models favour a place, so every
-  pair is asked twice, and two answers that contradict each other are a tie.
+- Both orders. The paper does not say which summary stood first. Language models as judges (engine/)
+  favour a place, so every pair is asked twice, and two answers that contradict each other are a
+  tie.
 - No confidence. People answered on nine points, from "A is far better" to "B is far better".
 - The interval. The paper's error bars are one standard error (footnote 4); these are Wilson's,
   95 %, which stay inside [0, 1] and do not vanish where all answers are the same.
@@ -121,8 +124,9 @@ def win_rate(outcomes):
 
 # ---------------------------------------------------------------------------- length, appendix F
 
-# Penalty ridge / 2 * weight^2 on a and b. A judge that goes by length alone has b = infinity; 0.01
-# is a prior of standard deviation 10 on b. That on a only keeps 100 % of wins finite.
+# Penalties of the two weights of length_controlled_win_rate, 1e-6 / 2 * a^2 + 1e-2 / 2 * b^2. The
+# second is a normal prior on b of standard deviation 10, since a judge that goes by length alone
+# would have b = infinity; the first only keeps 100 % of wins finite.
 RIDGE = torch.tensor([[1e-6], [1e-2]], dtype=torch.float64)  # (2, 1)
 
 
@@ -163,7 +167,8 @@ def length_controlled_win_rate(outcomes, our_lengths, their_lengths):
 def best_of_n(write, reward_of, model, posts, n):
     """The best of n samples by the reward model, for each post: a policy that needs no training.
 
-    write(model, posts, temperature, stream) -> summaries; reward_of(posts, summaries) -> floats.
+    write(model, posts, temperature, stream) -> summaries, drawn from the random stream of that
+    name (lm.generator_for); reward_of(posts, summaries) -> a list of floats.
     """
     # A policy to compare PPO with, not a way to choose what PPO trains on: the best sample is no
     # draw from the model any more, and PPO's ratio and KL are about draws.
@@ -188,8 +193,8 @@ def best_of_n_kl(n):
 
 
 def reward_model_judge(score):
-    """The judge that prefers the higher score; score(posts, summaries) -> a list of floats. Of a
-    reward model: PPO was trained to please this judge, which shows that and nothing else.
+    """The judge that prefers the higher score: score(posts, summaries) -> a list of floats. Where
+    that is the reward model's, a win only shows that PPO raised the score it was trained on.
 
     Equal summaries or scores are an "A" in both orders, hence a tie; a NaN is an abstention.
     """
@@ -203,7 +208,7 @@ def reward_model_judge(score):
 
 
 def quality_judge(quality):
-    """The same from quality(post, summary) -> float, one pair at a time."""
+    """The same judge from quality(post, summary) -> float, for one summary at a time."""
     return reward_model_judge(lambda posts, summaries: list(map(quality, posts, summaries)))
 
 
@@ -211,8 +216,9 @@ JUDGES = ("labeler", "longest", "reward_model")
 
 
 def make_judge(name, reward_of):
-    """One of JUDGES. labeler: of the tiny world, whoever writes by its taste wins. longest: in
-    characters; what every other judge has to beat (App. F). reward_of: as score above."""
+    """One of JUDGES. labeler: the higher toy.true_quality wins (+1 for a right fact, -2 for a wrong
+    one, less for asides and extra words). longest: more characters win, which any other judge has
+    to beat (App. F). reward_of: (posts, summaries) -> a list of floats, for reward_model."""
     if name == "reward_model":
         return reward_model_judge(reward_of)
     return quality_judge({"labeler": toy.true_quality, "longest": lambda _, text: len(text)}[name])
@@ -240,11 +246,11 @@ def judged(judge, name, posts, ours, theirs):
 
 
 def judge_the_judge(ask, comparisons, most=500):
-    """How often the judge agrees with the labels of about `most` held-out comparisons: what its win
-    rates are worth."""
+    """How often the judge agrees with the labels of held-out comparisons, every so many of them (of
+    many more than `most`, about `most`): what its win rates are worth."""
     comparisons = comparisons[:: max(1, len(comparisons) // most)]
-    # As in 3.3, where labelers agree with the authors on 77 % of pairs, and the authors with each
-    # other on 73 %: no judge of real summaries can come much higher. Ties count half.
+    # In 3.3 labelers agree with the authors on 77 % of pairs, and the authors with each other on
+    # 73 %: of a good judge of real summaries expect about that. Ties count half.
     sides = ([row[key] for row in comparisons] for key in ("post", "chosen", "rejected"))
     entry, _ = ask(*sides)  # a "win" is the summary that people chose
     print(f"judge {entry['judge']}: agrees with {entry['win_rate']:.3f} ({entry['low']:.3f} - "
@@ -345,7 +351,7 @@ def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
     x = count_tokens(train_pairs, vocabulary_size)  # (N, V+1)
     weights = torch.zeros(vocabulary_size + 1, requires_grad=True)
     optimizer = torch.optim.Adam([weights], lr=0.05)
-    for _ in range(200):  # far enough: a convex loss
+    for _ in range(200):  # ours, as the weak ridge; the loss is convex, so the start is no matter
         gaps = x @ weights
         loss = preference_loss(gaps, torch.zeros_like(gaps)) + 1e-4 * weights.square().sum()
         optimizer.zero_grad()
@@ -356,9 +362,10 @@ def post_blind_accuracy(train_pairs, held_out_pairs, vocabulary_size):
 
 
 def measure_reward_model(reward_model, pairs, held_out, rows, tokenizer, warn, batch_size=256):
-    """What results.json holds about the reward model: its accuracy on the held-out comparisons
-    (pairs of token ids, and their rows) beside those of judges that never read the post. warn:
-    called with a text where the accuracy is that of chance."""
+    """What results.json holds about the reward model: its accuracy on held-out comparisons beside
+    those of judges that never read the post. pairs: the comparisons it was trained on; held_out:
+    the held-out ones, both (query, chosen, rejected) as token ids; rows: the held-out ones as
+    texts. warn: called with a text where the accuracy may be that of chance."""
     queries, better, worse = zip(*held_out)
     chosen, rejected = (score_summaries(reward_model, queries, side, tokenizer.pad_token_id,
                                         batch_size) for side in (better, worse))
@@ -371,7 +378,9 @@ def measure_reward_model(reward_model, pairs, held_out, rows, tokenizer, warn, b
         warn(f"the reward model is no better than chance, {accuracy:.3f} on {n} held-out "
              "comparisons (the 95 % interval reaches 0.5): what PPO makes of it means nothing; "
              "train it on more or cleaner comparisons")
-    if "gap" in rows[0]:  # the tiny world, where the labeler's taste is known
+    # In the tiny world the taste is known. gap: that of chosen minus that of rejected, below 0
+    # where the labeler slipped; ceiling: the accuracy to expect of one who knows the taste
+    if "gap" in rows[0]:
         gaps = torch.tensor([row["gap"] for row in rows])
         agrees = ((chosen > rejected) == (gaps > 0))[gaps != 0]
         results |= {

@@ -4,6 +4,9 @@ The paper takes all of this for granted: a policy pi(y | x) is a language model 
 summary y after a post x, and a step of it is one token (section 3.4). Read this file before
 `sft.py`, or come back to it when a name in there is new.
 
+An action is a token that the policy wrote, EOS included. PPO (`ppo.py`) compares pi, the policy as
+it is now, with pi_old, the policy that wrote the summary: ratio = pi / pi_old.
+
 One convention holds everywhere. A query (the post in its prompt) is padded on the left to width Q,
 a response (the summary) on the right to width T, and input_ids = [query | response] is (B, Q+T):
 
@@ -13,8 +16,9 @@ a response (the summary) on the right to width T, and input_ids = [query | respo
 
 B = rows of a batch, L = Q+T, V = vocabulary. Log-probs and KL are in nats (natural logarithm).
 
-What differs from the paper's setting: the released 2020 code (openai/summarize-from-feedback, which
-has no training in it) pads queries with spaces that the model does see; here padding is masked.
+What differs from the paper's setting: its released code ("the 2020 code",
+openai/summarize-from-feedback, which has no training in it) pads queries with spaces that the model
+does see; here padding is masked.
 "N+" is Huang et al. 2024 (arXiv 2403.17031), a study of this paper's details.
 
 `python lm.py` prints a worked example.
@@ -115,7 +119,7 @@ def get_position_ids(attention_mask):
     """0, 1, 2, ... over the real tokens of each row, whatever stands to their left: (B, L).
 
     Without it a model would count the padding, and the same post would read differently in another
-    batch. Padding itself gets position 0; nothing ever looks at it.
+    batch. Padding gets the position of a real token beside it, or 0; nothing ever looks at it.
     """
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
@@ -234,6 +238,7 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
     for t in range(max_new_tokens):
         # The first turn reads the post; every other one reads the token that was just drawn, and
         # finds keys and values of all earlier ones in the cache.
+        # (`cache` is what transformers once called `past_key_values`.)
         position_ids = get_position_ids(mask)[:, -ids.shape[1] :]
         logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids,
                        cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -242,7 +247,7 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
         going = ~is_eos(token, eos_token_id)
         if not going.any():
             break
-        # What has ended leaves the batch and its cache: nobody computes padding.
+        # Rows that have ended leave the batch and the cache: no step is spent on them.
         if not going.all():
             cache.reorder_cache(going.nonzero().squeeze(-1))
         rows, mask, ids = rows[going], mask[going], token[going, None]
@@ -254,15 +259,15 @@ def sample(model, input_ids, attention_mask, max_new_tokens, *, eos_token_id, pa
 
 
 def encode_texts(texts, tokenizer):
-    """Token ids of each text, with nothing added, and all of it text: where somebody has typed
-    "<|endoftext|>", nothing ends."""
+    """Token ids of each text, with nothing added. All of it is plain text: a typed "<|endoftext|>"
+    does not become EOS."""
     return tokenizer(texts, add_special_tokens=False,
                      split_special_tokens=True)["input_ids"] if texts else []
 
 
 def encode_responses(summaries, tokenizer, limit):
     """Summaries -> token ids with a leading space and EOS at the end, as in the 2020 code. One that
-    is longer than `limit` is cut there and has no EOS, as if it had never ended."""
+    is longer than `limit` with its EOS is cut there and loses the EOS, as if it had never ended."""
     rows = encode_texts([" " + text for text in summaries], tokenizer)
     return [(ids + [tokenizer.eos_token_id])[:limit] for ids in rows]
 
@@ -271,8 +276,8 @@ def write_summaries(model, tokenizer, queries, max_new_tokens, temperature, gene
                     batch_size=256):
     """Queries (lists of token ids) -> a summary of each, as text without outer white space.
 
-    A text no longer says whether it ended. So a summary that was cut at max_new_tokens is judged,
-    and scored outside PPO, as if it had: people, too, were shown a text.
+    A text does not show whether EOS was written. So a summary that was cut at max_new_tokens is
+    judged, and scored outside PPO, like one that ended; people, too, saw only text.
     """
     eos, texts = tokenizer.eos_token_id, []
     for start in range(0, len(queries), batch_size):
@@ -293,8 +298,8 @@ def write_summaries(model, tokenizer, queries, max_new_tokens, temperature, gene
 def linear_schedule(step, total):
     """Factor on the learning rate of update `step` = 0 .. total-1: 1 -> 1/total (PPO, App. B.1).
 
-    "Linear decay" in the paper, to which value it doesn't say. Here as in N+ (Huang et al. 2024, a
-    study of this paper's details): the last update still has a rate, a step at 0 would be wasted.
+    "Linear decay" in the paper, to which value it doesn't say. Here as in N+: the last update still
+    has a rate, a step at 0 would be wasted.
     """
     return 1 - step / total
 

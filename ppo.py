@@ -11,10 +11,10 @@ by the same group; the trainer of this paper was never released) and from "N+" (
 arXiv 2403.17031, a study of this paper's details); each line says which. From the paper we differ
 in sizes and rates (PPOConfig). Where it is silent, we differ on purpose from these two in:
 
-- Two optimisers, one for the policy and one for the critic, instead of one on a summed loss (both).
-  No weight is in both losses, so Adam takes the same steps, except for the next point.
-- The gradient of each network is clipped to norm 1, to be safe from single batches (both: not).
-- Rollouts are sampled at temperature 1 (both: 0.7).
+- Two optimisers, one for the policy and one for the critic; both codes have one, on a summed loss.
+  Here no weight is in both losses, so that without clipping Adam would take the same steps.
+- The gradient of each network is clipped to norm 1, to be safe from single batches (neither clips).
+- Rollouts are sampled at temperature 1 (both codes: 0.7).
 - Rewards are not whitened (the 2019 code whitens them, N+ does not by default).
 - The score is paid at EOS itself, as in the 2019 code (N+: one place later).
 """
@@ -60,8 +60,8 @@ class PPOConfig:
 def penalize_missing_eos(scores, mask_has_eos, value=-1.0):
     """Replace the score of a summary that never ended by `value` (N+ detail 23; paper: silent).
 
-    The reward model was trained on summaries that end in EOS, all but the few that were cut, so
-    that its score of one without is a guess. mask_has_eos: has it ended? scores, mask_has_eos: (B,)
+    In training the reward model saw almost no summary without EOS (only those cut for length), so
+    its score of one is a guess. mask_has_eos: True where one has EOS. scores, mask_has_eos: (B,)
     -> (B,). Raises ValueError on unequal shapes.
     """
     check_shapes(scores=scores, mask_has_eos=mask_has_eos)
@@ -100,7 +100,8 @@ def compute_gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
         delta_t = R_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lam A_{t+1}
 
-    with V = A = 0 after the last action. An advantage is how much better an action turned out than
+    with V = A = 0 after the last action, also where a summary was cut at response_length: the
+    episode is over there, too. An advantage is how much better an action turned out than
     the critic expected; lam < 1 trusts the critic more and the single outcome less. gamma = 1 (3.4)
     and lam = .95 (B.1) are the paper's.
 
@@ -179,7 +180,7 @@ def value_loss(values, old_values, returns, mask, clip_range=0.2):
     values, old_values = zero_off(values, mask), zero_off(old_values, mask)
     returns = zero_off(returns, mask)
     plain = (values - returns) ** 2
-    # Not old + clamp(new - old), which rounds, so that tokens would count as clipped that are not
+    # Not old + clamp(new - old): it rounds, and unclipped tokens would count as clipped
     near_old = values.clamp(old_values - clip_range, old_values + clip_range)
     clipped = (near_old - returns) ** 2
     loss = 0.5 * masked_mean(torch.max(plain, clipped), mask)
@@ -276,11 +277,12 @@ def train_ppo(policy, reward_model, queries, tokenizer, config, seed, log,
 
     queries: posts as lists of token ids. They need no summary: PPO learns from its own. log: called
     as log("ppo", update, **metrics). evaluate: called after each update with the number of updates
-    so far. critic: one to start from instead of a copy of the reward model (as in G.1).
+    so far. critic: one to start from, instead of a copy of the reward model.
     """
-    # pi_SFT is what the policy is now; no optimiser holds it or the reward model, so both stay as
-    # they are. V starts as the reward model, head and all (3.4). It shares no weight with the
-    # policy: early value updates could damage what was pretrained (G.1).
+    # pi_SFT is a copy of the policy as it is now. No optimiser has the weights of that copy or of
+    # the reward model, so that both stay as they are. V starts as the reward model, head and all
+    # (3.4). It shares no weight with the policy: early value updates could damage what was
+    # pretrained (G.1).
     reference = copy.deepcopy(policy)
     critic = critic or copy.deepcopy(reward_model)
     # eps: N+; the paper doesn't say. fused: the same step, in one kernel.
@@ -292,9 +294,9 @@ def train_ppo(policy, reward_model, queries, tokenizer, config, seed, log,
         lr = config.ppo_lr * linear_schedule(update, n_updates)
         policy_adam.param_groups[0]["lr"] = critic_adam.param_groups[0]["lr"] = lr
 
-        # A batch of fresh summaries by pi_old, the policy as it is now (512 in the paper). All are
-        # trained on: keeping the best of k would not be sampling from pi_old, and bias the ratio.
-        # Several summaries of a post (return_sequences) are several rows, one after the other.
+        # A batch of fresh summaries by pi_old, the policy as it is now (512 in the paper), of the
+        # next posts; after the last one come the first ones again. Several summaries of a post
+        # (return_sequences) are several rows, one after the other.
         first = update * config.ppo_batch_size
         posts = [queries[i // config.return_sequences % len(queries)]
                  for i in range(first, first + config.ppo_batch_size)]  # B of them
@@ -332,7 +334,8 @@ def train_ppo(policy, reward_model, queries, tokenizer, config, seed, log,
                 clip_grad_norm_(critic.parameters(), config.max_grad_norm, error_if_nonfinite=True)
                 critic_adam.step()
 
-                moved = masked_mean(part.log_probs - log_probs, part.mask)  # KL(pi_old || pi)
+                # KL(pi_old || pi), estimated before this step: 0 at the first one
+                moved = masked_mean(part.log_probs - log_probs, part.mask)
                 steps.append(torch.stack([loss_p, clipped_p, loss_v, clipped_v, moved]).detach())
         means = torch.stack(steps).double().mean(0).tolist()  # over all steps of all passes
         log("ppo", update, lr=lr, **batch_metrics(batch), **dict(zip(STEP_METRICS, means)))
@@ -348,8 +351,7 @@ def batch_metrics(batch):
         "kl_per_summary": batch.kl.mean().item(),  # nats
         "length": batch.mask.sum(1).float().mean().item(),  # tokens
         "ended": batch.ended.float().mean().item(),
-        # -log pi of what was sampled: on average the entropy, nats per token (no loss: its gradient
-        # is zero on average)
+        # -log pi of what was sampled: on average the entropy, nats per token
         "entropy": -batch.log_probs[batch.mask].mean().item(),
         # 1: the critic foresees each return; 0: it knows no more than their mean; below: less
         "explained_variance": 1 - ((returns - values).var() / returns.var()).item()}

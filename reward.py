@@ -2,14 +2,14 @@
 
 People compared pairs of summaries of one post (3.3). A language model with a scalar head learns to
 give the summary they preferred the higher score: `preference_loss`, the first equation of section
-3.4. Then the scores are shifted so that the human references have 0 on average. PPO is paid with
-them. A score means something only at the last token of a summary, where it was trained.
+3.4. Then the scores are shifted so that the human references have 0 on average. They are what PPO
+is rewarded with. A score means something only at the last token of a summary, where it was trained.
 
 Read in this order: the loss, the model, the training loop, the shift. How good the model has
 become: `judge.py`.
 
-What differs from the paper: one seed, where it keeps the best of 3 to 10 (B.1); in the tiny preset
-a larger rate and a smaller batch. `python reward.py` prints a worked example.
+What differs from the paper: one seed, where it keeps the best of 3 to 10 (B.1); and for so small a
+model a larger rate and a smaller batch. `python reward.py` prints a worked example.
 """
 
 import copy
@@ -65,8 +65,8 @@ class RewardModel(nn.Module):
 
     def __init__(self, language_model):
         super().__init__()
-        # A copy: pi_SFT stays as it is. eval(), while it is trained as well: no dropout, as in the
-        # 2020 code, so that a score is always the same
+        # A copy: pi_SFT stays as it is. eval(), during training too (no dropout, as in the 2020
+        # code): a text always gets the same score. All of it is trained, whatever pi_SFT was.
         self.trunk = copy.deepcopy(language_model.base_model).requires_grad_(True).eval()
         d = self.trunk.config.hidden_size
         self.head = nn.Linear(d, 1, device=self.trunk.device)  # (B, L, d) -> (B, L, 1)
@@ -74,7 +74,7 @@ class RewardModel(nn.Module):
         # of order 1, so a first score is of order 1 too, where the sigmoid is steep.
         nn.init.normal_(self.head.weight, std=1 / math.sqrt(d + 1))
         nn.init.zeros_(self.head.bias)
-        # subtracted from each score; a buffer, so that it is saved and copied with the weights
+        # It is subtracted from each score; a buffer, which is saved and copied with the weights
         self.register_buffer("reference_mean", torch.zeros((), device=self.trunk.device))
 
     def forward(self, input_ids, attention_mask):
@@ -155,16 +155,16 @@ def train_reward(reward_model, pairs, pad_id, config, seed, log):
 
 def normalize(reward_model, queries, references, pad_id, batch_size=256):
     """Shift the scores so that the references have mean 0 (section 3.4); their spread stays."""
-    # The loss sees differences only, so that a trained model has an arbitrary constant. Once that
+    # The loss sees only differences, so it leaves a constant free. Once that
     # is taken off, 0 means "as good as the average reference", and the -1 of a summary without EOS
-    # (ppo.py) has a meaning. +=: these scores already lack the constant so far.
+    # (ppo.py) has a meaning. +=: the scores just measured have the old mean subtracted already.
     scores = score_summaries(reward_model, queries, references, pad_id, batch_size)
     reward_model.reference_mean += scores.mean().to(reward_model.reference_mean)
 
 
 @torch.no_grad()
 def score_summaries(reward_model, queries, responses, pad_id, batch_size=256):
-    """Scores (N,) of responses to queries (lists of token ids), in batches of similar length."""
+    """Scores (N,) of responses to queries (lists of token ids)."""
     device = reward_model.head.weight.device
     # Similar lengths go together, so that little is padding; the result is in the order given
     order = sorted(range(len(queries)), key=lambda i: len(queries[i]) + len(responses[i]))

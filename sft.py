@@ -22,7 +22,7 @@ from lm import cosine_schedule, generator_for, join, masked_mean, response_log_p
 
 @dataclass
 class SFTConfig:
-    # 3e-3 and 32: a model of 150,000 weights trained from scratch needs many, large steps
+    # 3e-3 and 32: a model of 144,000 weights trained from scratch needs many, large steps
     sft_lr: float = 3e-3  # paper: 6.35e-5 (1.3B), cosine (B.1)
     sft_batch_size: int = 32  # paper: 128 (B.1)
     sft_epochs: int = 1  # paper: 1 (B.1)
@@ -34,9 +34,10 @@ def train_sft(model, queries, responses, pad_id, config, seed, log):
     queries, responses: lists of token ids, the responses with their EOS. log: called as log("sft",
     step, loss=nats per token). Changes model in place.
     """
-    # No dropout and no weight decay, here or later: the released 2020 code has dropout 0. With it,
-    # a policy would have other log-probs each time, and PPO's ratio would not begin at 1.
-    # betas: .9 is Adam's default; .95 forgets the large gradients of the first steps sooner (ours).
+    # No weight decay, and no dropout, here or later: models are in eval mode while they train, too,
+    # as the released 2020 code has dropout 0. With dropout the policy's log-probs would differ at
+    # each call, and PPO's ratio would not begin at 1.
+    # betas: .9 is Adam's default; .95 forgets the large gradients of the first steps sooner.
     # fused: the same step, in one kernel.
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), fused=True)
@@ -56,8 +57,8 @@ def train_sft(model, queries, responses, pad_id, config, seed, log):
             model.device)  # (B, Q+T)
         log_probs = response_log_probs(
             model, input_ids, attention_mask, input_ids.shape[1] - Q)  # (B, T)
-        # On the summary and its EOS only. The paper trains to "predict summaries"; N+ (Huang et al.
-        # 2024, a study of this paper's details) has the post in the loss as well.
+        # On the summary and its EOS only. The paper trains to "predict summaries"; N+ has the post
+        # in the loss as well.
         loss = -masked_mean(log_probs, attention_mask[:, Q:])  # nats per token
 
         optimizer.param_groups[0]["lr"] = config.sft_lr * cosine_schedule(step, total)  # B.1
