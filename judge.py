@@ -9,7 +9,7 @@ A post is a dict: "subreddit", "title", "post" and "summary" (the reference); in
 
 What differs from the paper, and why:
 
-- The judge. The paper paid people. Here the tiny world's labeler, the reward model or a ruler
+- The judge. The paper paid people. Here the tiny world's labeler, the reward model or mere length
   judges, and a win rate means nothing without the name of its judge. What a judge is worth is
   measured first, on the labels of held-out comparisons (judge_the_judge).
 - Both orders. The paper does not say which summary stood first. Language models as judges (engine/)
@@ -185,7 +185,8 @@ def best_of_n_kl(n):
     if n < 1:
         raise ValueError(f"n must be at least 1, got {n}")
     # Exact where no two samples have equal scores, else an upper bound. It depends neither on the
-    # policy nor on the score: the best of n has rank u in (0, 1) with density n u^(n-1).
+    # policy nor on the score: the best of n has rank u in (0, 1) with density n u^(n-1), as all n
+    # lie below it; the KL is the mean of the logarithm of that density.
     return math.log(n) - (n - 1) / n
 
 

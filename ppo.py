@@ -35,7 +35,7 @@ from lm import linear_schedule, masked_mean, pad, response_log_probs, sample, ze
 class PPOConfig:
     # Each line is a flag of rlhf_minimal.py, and its comment the help; bounds: RANGES there
     # 3e-4 and batches of 64: so small a model takes larger rates, and learns from fewer summaries
-    ppo_lr: float = 3e-4  # paper: 1.5e-5 (1.3B), linear decay (B.1)
+    ppo_lr: float = 3e-4  # learning rate; paper: 1.5e-5 (1.3B), linear decay (B.1)
     ppo_episodes: int = 2560  # summaries sampled in all; paper: 1M (B.1)
     ppo_batch_size: int = 64  # summaries per update; paper: 512 (B.1)
     ppo_epochs: int = 4  # passes over each batch; paper: 4 (B.1)
@@ -45,13 +45,13 @@ class PPOConfig:
     gamma: float = 1.0  # discount; paper: 1 (3.4)
     lam: float = 0.95  # lambda of GAE; paper: 0.95 (B.1)
     clip_range: float = 0.2  # of the ratio; paper silent; 2019 code: 0.2
-    clip_range_value: float = 0.2  # paper silent; 2019 code: 0.2
+    clip_range_value: float = 0.2  # of the value; paper silent; 2019 code: 0.2
     # Nearly inert: the critic has an Adam of its own, which divides by the size of the gradient
     value_weight: float = 0.1  # of the value loss; paper silent; 2019 code: 0.1
     missing_eos: float = -1.0  # score without EOS; paper silent; 2019, N+: -1
     temperature: float = 1.0  # of rollouts; paper silent; 2019, N+: 0.7
     response_length: int = 48  # tokens of a summary at most; paper: 48 (3.2)
-    max_grad_norm: float = 1.0  # paper silent; 2019 code: no clipping
+    max_grad_norm: float = 1.0  # longer gradients are scaled to it; paper silent; 2019 code: none
 
 
 # ---------------------------------------------------------------------------- the reward, 3.4

@@ -33,9 +33,9 @@ from lm import last_token_index
 class RewardConfig:
     # 6e-4 and 8: with 1e-3, or with larger batches, the tiny model learned what summaries look
     # like, and not to compare their facts with the post
-    reward_lr: float = 6e-4  # paper: 1.5e-5 (1.3B), cosine (B.1)
+    reward_lr: float = 6e-4  # learning rate; paper: 1.5e-5 (1.3B), cosine (B.1)
     reward_batch_size: int = 8  # pairs per step; paper: 64 (B.1)
-    reward_epochs: int = 1  # paper: 1 (B.1)
+    reward_epochs: int = 1  # passes over the data; paper: 1 (B.1)
 
 
 # ---------------------------------------------------------------------------- the loss, 3.4
@@ -137,8 +137,8 @@ def train_reward(reward_model, pairs, pad_id, config, seed, log):
                 len(pairs), generator=generator_for(seed, "reward", epoch)).tolist()
         queries, chosen, rejected = zip(*(pairs[row] for row in order[place * B : (place + 1) * B]))
 
-        # Both summaries of each post in one batch (as N+, detail 10): B rows with the chosen ones,
-        # then B rows with the rejected ones.
+        # Both summaries of each post in one batch (as in Huang et al. 2024, detail 10): B rows with
+        # the chosen ones, then B rows with the rejected ones.
         input_ids, attention_mask, _ = join(queries + queries, chosen + rejected, pad_id, device)
         better, worse = reward_model.score(input_ids, attention_mask).chunk(2)  # (B,) each
         # The labeler's confidence is in the paper's data, but not in its loss (3.4).

@@ -50,14 +50,14 @@ from tldr import DataError, encode_prompts
 
 @dataclass
 class RunConfig:
-    seed: int = 0  # of everything; paper: 3-10 seeds for the RM (B.1)
-    output_dir: str = None  # folder of the run; fresh runs/tiny-<n>
+    seed: int = 0  # of all random numbers; paper: 3-10 seeds for the RM (B.1)
+    output_dir: str = None  # folder of the run; None: a new runs/tiny-<n>
     resume: bool = False  # go on with the run that was stopped in output_dir
     restart: bool = False  # throw away the run that output_dir holds
     fast_dev_run: bool = False  # a few steps of every stage
     device: str = "auto"  # auto (cuda, else cpu), cpu or cuda
     query_length: int = 512  # tokens of a prompt at most; paper: 512 (B.2)
-    summary_length: int = 128  # of a given summary; 2020 code: 128 for the RM
+    summary_length: int = 128  # tokens of a given summary at most; 2020 code: 128 for the RM
 
 
 # ---------------------------------------------------------------------------- the loop, 3.1
@@ -137,7 +137,7 @@ def run_all(run, settings):
 def compare(settings, posts, name, writes):
     """Sample summaries of the posts from the SFT model, and let the labeler choose. Returns the
     comparisons, and how many of the facts in these samples are right."""
-    # two samples of a quarter of the posts, one of another quarter; the rest needs none
+    # The first quarter of the posts gets two samples, the second quarter one, the other half none
     samples = [writes(posts[:count], settings.temperature, name, i)
                for i, count in enumerate((len(posts) // 2, len(posts) // 4))]
     rows = toy.make_comparisons(posts, *samples, f"{name} {settings.seed}",
@@ -200,7 +200,7 @@ class Run:
             if not settings.resume and not settings.restart:
                 raise SettingError(f"{name} already holds a run: choose a new folder, go on with "
                                    "--resume, or throw that run away with --restart")
-            was, now = (some | some.get("files", {}) for some in (old, config))  # each by its name
+            was, now = (some | some.get("files", {}) for some in (old, config))  # files, too
             for key in now if settings.resume else ():
                 if key not in MAY_DIFFER and was.get(key) != now[key]:
                     raise SettingError(f"{name}: can't be resumed, {key} was {was.get(key)} and is "
@@ -210,7 +210,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.has("config.json"):
             self.write("config.json", config)
-        # of the metrics, the lines of the stages that are done; a torn last line is of none
+        # Of the metrics, the lines of the stages that are done stay; a torn last line is of none
         folders = {"sft": "sft", "reward": "reward_model"}
         self.lines = [line for line in self.read("metrics.jsonl").split("\n")[:-1]
                       if self.has(folders.get(json.loads(line)["stage"], "policy"))]

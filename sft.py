@@ -23,9 +23,9 @@ from lm import cosine_schedule, generator_for, join, masked_mean, response_log_p
 @dataclass
 class SFTConfig:
     # 3e-3 and 32: a model of 144,000 weights trained from scratch needs many, large steps
-    sft_lr: float = 3e-3  # paper: 6.35e-5 (1.3B), cosine (B.1)
-    sft_batch_size: int = 32  # paper: 128 (B.1)
-    sft_epochs: int = 1  # paper: 1 (B.1)
+    sft_lr: float = 3e-3  # learning rate; paper: 6.35e-5 (1.3B), cosine (B.1)
+    sft_batch_size: int = 32  # summaries per step; paper: 128 (B.1)
+    sft_epochs: int = 1  # passes over the data; paper: 1 (B.1)
 
 
 def train_sft(model, queries, responses, pad_id, config, seed, log):
@@ -74,6 +74,6 @@ if __name__ == "__main__":
     log_probs = torch.tensor([[-1.0, -2.0, -0.5], [-1.5, -9.0, -9.0]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
     print("loss, every token the same:   ", -masked_mean(log_probs, mask).item())
-    print("not the mean of summaries' means,", ((1 + 2 + 0.5) / 3 + 1.5) / 2)
+    print("the mean of summaries' means: ", ((1 + 2 + 0.5) / 3 + 1.5) / 2)
     print("learning rates of 4 steps from 3e-3:",
           [round(3e-3 * cosine_schedule(step, 4), 6) for step in range(4)])

@@ -37,14 +37,14 @@ from tldr import DataError
 
 @dataclass
 class ToyConfig:
-    # the paper prints no size of its training part; 116,722 and 6,447 follow from Table 2
+    # The paper prints no size of its training part; 116,722 and 6,447 follow from Table 2
     toy_posts: int = 12800  # posts with references; paper: 116,722 (Table 2)
     toy_comparisons: int = 24000  # posts to compare on; paper: 64,832 (3.2)
     toy_held_out: int = 500  # posts to judge on; paper: 6,447 (Table 2)
-    toy_length_bias: float = 0.0  # taste a word for its length; paper: App. F
+    toy_length_bias: float = 0.0  # points of taste for each word more; paper: App. F
     toy_width: int = 64  # d_model; paper: 2048 (1.3B, Table 3)
-    toy_layers: int = 2  # paper: 24 (1.3B, Table 3)
-    toy_heads: int = 4  # paper: 16 (1.3B, Table 3)
+    toy_layers: int = 2  # layers of the model; paper: 24 (1.3B, Table 3)
+    toy_heads: int = 4  # attention heads; paper: 16 (1.3B, Table 3)
 
 
 # Five values for each fact, so that a guess is right once in five times. One word each, so that

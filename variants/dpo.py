@@ -1,9 +1,9 @@
 """DPO: no reward model and no sampling (Rafailov et al. 2023, arXiv 2305.18290).
 
-The comparisons train the policy itself. Read it beside `reward.train_reward`, whose loss, batches
-and rate's cosine it shares. What changes: the score of a summary is beta log(pi / pi_SFT), so the
-policy is its own reward model. Beside PPO, gradients have the same bound and the reference is the
-same; data (comparisons in place of the policy's own summaries), optimiser and schedule differ.
+The comparisons train the policy itself. Read it beside `reward.train_reward`: its loss, its batches
+and its cosine rate are the same. What changes: the score of a summary is beta log(pi / pi_SFT), so
+the policy is its own reward model. Beside PPO, gradients have the same bound and the reference is
+the same; data (comparisons in place of the policy's own summaries), optimiser and schedule differ.
 `python variants/dpo.py` prints a worked example.
 """
 

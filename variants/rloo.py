@@ -2,10 +2,11 @@
 
 Each of the k summaries of a post is compared with the other ones. Read it beside `ppo.train_ppo`.
 What changes: the advantage is that of a whole summary, and the same at each of its tokens; there is
-no critic and no value loss; a batch is used for one step, so that nothing is clipped. What stays:
+no critic and no value loss; a batch is used for one step, so that no ratio is clipped. What stays:
 the reward with its KL penalty, the batch, the rate and its decay. `python variants/rloo.py` prints
 a worked example; `python figures/make.py contrast` draws it beside PPO, best of n, DPO and SFT. To
-have it in the loop, put train_rloo in place of train_ppo in rlhf_minimal.run_all (no critic).
+have it in the loop, call train_rloo in place of train_ppo in rlhf_minimal.run_all, save no critic,
+and read run.history("rloo") there; run it with --return_sequences 4.
 """
 
 import copy
@@ -26,7 +27,8 @@ from ppo import rollout
 def rloo_advantages(rewards, k):
     """A_i = R_i - mean of the other k - 1 rewards of the same post (Kool et al. 2019).
 
-    rewards: (B k,), R(x, y) of whole summaries, the k of a post one after the other -> (B k,). The
+    rewards: (P k,), R(x, y) of all summaries of P posts, the k of a post one after the other -> (P
+    k,). The
     others' mean is a baseline that does not depend on y_i, so that the gradient's mean stays what
     it is. Raises ValueError for k < 2 or where k does not divide the number of rewards.
     """
