@@ -512,7 +512,7 @@ LOADS = {"CarperAI/openai_summarize_tldr_sft": (AutoModelForCausalLM, "from_pret
          "EleutherAI/gpt-j-6B": (AutoTokenizer, "from_pretrained"),
          "Qwen/Qwen2.5-3B-Instruct": (AutoModelForCausalLM, "from_pretrained"),
          OPENAI: (datasets, "load_dataset"), VWXYZJN: (datasets, "load_dataset"),
-         "me/my-reward-model": (main, "snapshot_download")}
+         "me/my-reward-model": (start, "snapshot_download")}
 FLAGS = ["sft_model", "tokenizer", "judge", "comparisons", "posts", "reward_model"]
 
 
@@ -696,7 +696,7 @@ def check_run(folder, hub, n_updates, shrunk=False):
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [row["post"]["title"] for row in samples] == [f"TIFU H{i}" for i in range(10)]
     report = (folder / "report.md").read_text()
-    assert report.index("Agreement with the labels of held-out") < report.index("| win rate |")
+    assert report.index("| win rate |") < report.index("How often each chooses the summary")
     config = json.loads((folder / "config.json").read_text())
     assert config["lora_rank"] == 16 and config["judge"] == name
     for part in ("sft", "policy"):
