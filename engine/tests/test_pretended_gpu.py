@@ -300,6 +300,10 @@ class FlowRun:
         return [{"kl_per_summary": 0, "length": 1, "entropy": 1, "step": 0}]
 
 
+def activations_twice(twice):
+    return "--checkpoint_activations" if twice else "--no-checkpoint_activations"
+
+
 def settings(*words):
     return main.parse([str(word) for word in words])
 
@@ -312,7 +316,7 @@ def flow(mode, config, lora_rank, k):
         "--preset", "full", "--lora_rank", lora_rank, "--return_sequences", k, "--query_length", 20,
         "--response_length", 3, "--ppo_batch_size", 8, "--micro_batch_size", 4, "--ppo_episodes",
         16, "--rollout_batch_size", 4, "--ppo_epochs", 1, "--ppo_minibatches", 2,
-        "--sft_batch_size", 4, "--reward_batch_size", 4, "--checkpoint_activations", k > 1)
+        "--sft_batch_size", 4, "--reward_batch_size", 4, activations_twice(k > 1))
     queries = [[5] * n for n in range(8, 16)]
     responses = [[5] * n + [9] for n in range(3, 11)]
     dtype = torch.float16 if k > 1 else torch.bfloat16
@@ -431,7 +435,7 @@ def wide_settings(rank, twice, k):
         "--preset", "full", "--lora_rank", rank, "--query_length", 500, "--response_length", 12,
         "--summary_length", 60, "--ppo_batch_size", 32, "--micro_batch_size", 16, "--ppo_episodes",
         64, "--rollout_batch_size", 32, "--ppo_epochs", 1, "--reward_batch_size", 32,
-        "--checkpoint_activations", twice, "--return_sequences", k)
+        activations_twice(twice), "--return_sequences", k)
 
 
 class SecondStep:
