@@ -496,7 +496,7 @@ def test_default_run_learns(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["lm.py", "sft.py", "reward.py", "ppo.py", "judge.py",
-                                    "tldr.py", "toy.py", "variants/rloo.py", "variants/dpo.py"])
+                                    "tldr.py", "variants/rloo.py", "variants/dpo.py"])
 def test_worked_examples_print(script, tmp_path):
     done = subprocess.run([sys.executable, ROOT / script], capture_output=True, text=True,
                           cwd=tmp_path)
