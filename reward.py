@@ -138,7 +138,7 @@ def train_reward(reward_model, pairs, pad_id, config, seed, log):
         queries, chosen, rejected = zip(*(pairs[row] for row in order[place * B : (place + 1) * B]))
 
         # Both summaries of each post in one batch (as in Huang et al. 2024, detail 10): B rows with
-        # the chosen ones, then B rows with the rejected ones.
+        # the chosen ones, then B rows with the rejected ones, (2B, Q+T).
         input_ids, attention_mask, _ = join(queries + queries, chosen + rejected, pad_id, device)
         better, worse = reward_model.score(input_ids, attention_mask).chunk(2)  # (B,) each
         # The labeler's confidence is in the paper's data, but not in its loss (3.4).
@@ -155,9 +155,9 @@ def train_reward(reward_model, pairs, pad_id, config, seed, log):
 
 def normalize(reward_model, queries, references, pad_id, batch_size=256):
     """Shift the scores so that the references have mean 0 (section 3.4); their spread stays."""
-    # The loss sees only differences, so it leaves a constant free. Once that
-    # is taken off, 0 means "as good as the average reference", and the -1 of a summary without EOS
-    # (ppo.py) has a meaning. +=: the scores just measured have the old mean subtracted already.
+    # The loss sees only differences, so it leaves a constant free. Once that is taken off, 0 means
+    # "as good as the average reference", and the -1 of a summary without EOS (ppo.py) has a
+    # meaning. +=: the scores just measured have the old mean subtracted already.
     scores = score_summaries(reward_model, queries, references, pad_id, batch_size)
     reward_model.reference_mean += scores.mean().to(reward_model.reference_mean)
 

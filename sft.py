@@ -57,13 +57,14 @@ def train_sft(model, queries, responses, pad_id, config, seed, log):
             model.device)  # (B, Q+T)
         log_probs = response_log_probs(
             model, input_ids, attention_mask, input_ids.shape[1] - Q)  # (B, T)
-        # On the summary and its EOS only. The paper trains to "predict summaries"; N+ has the post
-        # in the loss as well.
+        # On the summary and its EOS only. The paper trains to "predict summaries"; N+ (Huang et al.
+        # 2024) has the post in the loss as well.
         loss = -masked_mean(log_probs, attention_mask[:, Q:])  # nats per token
 
         optimizer.param_groups[0]["lr"] = config.sft_lr * cosine_schedule(step, total)  # B.1
         optimizer.zero_grad()
         loss.backward()
+        # Norm at most 1: ours, as the paper is silent, to be safe from single batches.
         clip_grad_norm_(model.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()
         log("sft", step, loss=loss.item())

@@ -76,13 +76,14 @@ def test_every_preset_is_within_the_ranges(preset, fast):
         assert hasattr(settings, name), f"a range or a preset of no setting: {name}"
 
 
-def test_a_home_folder_is_one_however_it_is_typed(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.setenv("USERPROFILE", "/home/me")  # Windows
+def test_a_home_folder_is_one_however_it_is_typed(monkeypatch, tmp_path):
+    home = str(tmp_path)
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("USERPROFILE", home)  # Windows
     settings = parse_settings(["--output_dir=~/x", "--judge=~/judge", "--posts=~/p.jsonl",
                                "--comparisons", "~/c.jsonl", "--seed", "1"])
-    assert (settings.output_dir, settings.judge) == ("/home/me/x", "/home/me/judge")
-    assert (settings.posts, settings.comparisons) == ("/home/me/p.jsonl", "/home/me/c.jsonl")
+    assert (settings.output_dir, settings.judge) == (f"{home}/x", f"{home}/judge")
+    assert (settings.posts, settings.comparisons) == (f"{home}/p.jsonl", f"{home}/c.jsonl")
 
 
 def test_only_numbers_have_a_range():
